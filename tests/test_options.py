@@ -1,0 +1,111 @@
+"""The command line: files of options, defaults, and one clear line for what cannot be used."""
+import re
+
+import pytest
+
+import tgdpo
+from conftest import make_model, word_tokenizer, write_rows
+
+
+def read(*argv):
+    return tgdpo.read_options(list(argv))
+
+
+def test_defaults_follow_the_paper_and_the_tiny_mode_has_its_own():
+    options = read("--model_name_or_path", "m", "--dataset", "d")
+    assert (options.beta, options.alpha, options.learning_rate, options.max_length) == (0.1, 0.5, 7e-7, 2048)
+    tiny = read()
+    assert {name: getattr(tiny, name) for name in tgdpo.TINY} == tgdpo.TINY
+    assert read("--beta", "0.3").beta == 0.3
+
+
+@pytest.mark.parametrize("name, text", [
+    ("o.yaml", "model_name_or_path: m\ndataset: d\nlearning_rate: 7e-7\nresume: false\nreward_model: null\nloss: dpo\nmax_steps: -1\n"),
+    ("o.json", '{"model_name_or_path": "m", "dataset": "d", "learning_rate": 7e-7, "loss": "dpo", "resume": false}')])
+def test_a_file_of_options_and_flags_that_override_it(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    options = read(str(tmp_path / name), "--loss", "simpo")
+    assert (options.model_name_or_path, options.learning_rate, options.loss, options.resume) == ("m", 7e-7, "simpo", False)
+    assert options.reward_model is None and options.beta == 0.1, "a model in the file means no tiny defaults"
+    (tmp_path / "tiny.yaml").write_text("alpha: 0.3")
+    assert (read(str(tmp_path / "tiny.yaml")).alpha, read(str(tmp_path / "tiny.yaml")).beta) == (0.3, tgdpo.TINY["beta"])
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--alpa", "1"], "unknown option --alpa; did you mean --alpha"), (["--learning", "1"], "unknown option --learning"),
+    (["--trust_remote_code", "true"], "unknown option --trust_remote_code"), (["--loss", "ipo"], "invalid choice: 'ipo'"),
+    (["--beta", "x"], "argument --beta: invalid float value: 'x'"), (["--beta", "0"], "--beta is 0.0; expected a number above 0"),
+    (["--beta", "nan"], "--beta is nan"), (["--beta", "inf"], "--beta is inf"), (["--alpha", "-1"], "--alpha is -1.0; expected a number, 0 or above"),
+    (["--reward_beta", "-1"], "--reward_beta"), (["--warmup_ratio", "1.5"], "at most 1"), (["--max_length", "1"], "at least 2"),
+    (["--max_steps", "0"], "-1 or a number above 0"), (["--eval_size", "1.5"], "a share below 1 or a whole number"),
+    (["--logging_steps", "0"], "above 0"), (["--guidance_floor", "0"], "above 0"), (["--dtype", "float16"], "invalid choice: 'float16'"),
+    (["--model_name_or_path", "m"], "--dataset is None; expected preference pairs"), (["--resume"], "--output_dir is None; expected"),
+    (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be read"), (["--device", "cuda"], "finds none here")])
+def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
+    if argv == ["--device", "cuda"] and tgdpo.torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert tgdpo.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, message", [
+    ("alpa: 1", "unknown option --alpa=1; did you mean --alpha"), ("loss: ipo", "invalid choice: 'ipo'"), ("beta: [1]", "maps option names"),
+    ("- beta", "maps option names"), ("beta: 'x'", "invalid float value"), ("a: b: c", "cannot be read"), ("learning: 1", "unknown option")])
+def test_a_bad_file_of_options(tmp_path, text, message, capsys):
+    (tmp_path / "o.yaml").write_text(text)
+    assert tgdpo.main([str(tmp_path / "o.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as e:
+        read("--help")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert e.value.code == 0
+    for field in tgdpo.fields(tgdpo.Options):
+        assert f"--{field.name}" in text
+    assert text.count("(default:") == len(tgdpo.fields(tgdpo.Options))
+    assert all(f"--{name} {value}" in text for name, value in tgdpo.TINY.items())
+
+
+def test_several_processes_are_refused_for_now(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert tgdpo.main([]) == 2
+    assert "found several processes" in capsys.readouterr().err
+
+
+def test_bad_data_is_found_before_any_model_is_loaded(tmp_path, capsys, monkeypatch):
+    data = write_rows(tmp_path / "d.jsonl", [dict(question="a")])
+    monkeypatch.setattr(tgdpo, "load_model", None)   # calling it would fail
+    model = make_model(tmp_path / "m")
+    assert tgdpo.main(["--model_name_or_path", model, "--dataset", data, "--output_dir", str(tmp_path / "o")]) == 2
+    assert "columns: question; expected chosen and rejected" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_missing_model_and_one_without_safetensors(bench, capsys):
+    bench.train(model_name_or_path=str(bench.folder / "nothing"), status=2)
+    assert "nothing: no such directory" in capsys.readouterr().err
+    (bench.folder / "reward_model" / "model.safetensors").rename(bench.folder / "reward_model" / "pytorch_model.bin")
+    bench.train(reward_model=bench.reward_model, status=2)
+    error = capsys.readouterr().err
+    assert "reward_model" in error and "safetensors" in error and error.count("\n") == 1
+
+
+def test_models_with_another_vocabulary_are_refused(bench, capsys):
+    other = make_model(bench.folder / "other", tokenizer=word_tokenizer(special=("<|a|>",)))
+    for role in ("ref_model", "reward_model"):
+        bench.train(**{role: other}, status=2)
+        assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_the_output_directory_is_never_overwritten(bench, capsys):
+    out = bench.folder / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("dear")
+    for flags in ((), ("--resume",)):
+        bench.train(*flags, out=out, status=2)
+    error = capsys.readouterr().err
+    assert "is not empty" in error and "holds no run" in error
+    assert [f.name for f in out.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,1073 @@
+#!/usr/bin/env python3
+"""TGDPO in one file: direct preference optimization guided by token-level rewards (arXiv 2506.14574, ICML 2025).
+
+    python tgdpo.py                                  a tiny language with known token rewards, from scratch, on a laptop
+    python tgdpo.py --dataset pairs.jsonl            a tiny GPT-2, from scratch, on your own preference pairs
+    python tgdpo.py --model_name_or_path MODEL --dataset pairs.jsonl               first a DPO reward model, then TGDPO
+    python tgdpo.py --model_name_or_path MODEL --dataset pairs.jsonl --reward_model DIR                   TGDPO at once
+    python tgdpo.py run.yaml --alpha 1.0             options from a file; flags override it
+
+The method, for a prompt x, a chosen response y_w and a rejected one y_l, token by token:
+
+    ℓ_t  = log π_θ(y_t|s_t) - log π_ref(y_t|s_t)            how far the policy has moved at this token
+    r̂_t  = β [ log π_rm(y_t|s_t) - log π_ref(y_t|s_t) ]     the token's reward; π_rm is a DPO-trained model, fixed
+    φ    = Σ_t β (1 + α r̂_t) ℓ_t over y_w  -  Σ_t β (1 - α r̂_t) ℓ_t over y_l
+    loss = -log σ(φ)                                        α = 0 is DPO
+
+Token rewards are columns of the data set: `annotate` runs a frozen model once over the pairs and writes what it says of
+each token; `train` reads the columns. Only one model is in memory at a time, and the loss never asks where a reward
+came from: a DPO or SimPO model, a person, or (in the tiny language) the truth.
+
+                     paper                       official code                     here
+    β in r̂           the reward model's          this run's                        --reward_beta; default this run's
+    f > 0            assumed (Assumption 4.2)    not enforced                      counted in the log, --guidance_floor
+    models held      not said                    policy, reference, reward model   one
+    pairs a device   not said                    1; more raise an error            any number
+    batch of 128     not said                    1 x 16 accumulated x 8 GPUs       any split gives the same gradient
+
+Theorems and assumptions are cited by the paper's numbers; official code: github.com/dvlab-research/TGDPO.
+
+Shapes stand beside tensors: B pairs; N sequences (the chosen ones first, then the rejected ones, N = 2B); T tokens of a
+padded sequence; R tokens of a padded response; M response tokens in all; H hidden size; V vocabulary.
+"""
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import jinja2
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+import yaml
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; main() prints it as one line and returns 2."""
+
+
+@contextmanager
+def reading(what):
+    """Whatever a library raises while it reads `what` becomes one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:   # yaml, pyarrow, the hub client and transformers raise dozens of kinds
+        raise InputError(f"{what} cannot be read: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}") from e
+
+
+# ---------------------------------------------------------------------------------------------------- 2. the options
+def option(default, text):
+    """A field of Options with its line of --help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Options:
+    """Every option. Names follow transformers and TRL where these have one."""
+    model_name_or_path: str | None = option(None, "model to train, a hub name or a directory; none: a tiny GPT-2")
+    ref_model: str | None = option(None, "reference model; none: the model to train")
+    reward_model: str | None = option(None, "model whose log-ratios are the token rewards; none: one is trained by DPO")
+    dataset: str | None = option(None, "pairs: .json, .jsonl, .jsonl.gz, .parquet, a saved data set or a hub name")
+    dataset_split: str = option("train", "split of a hub data set or of a saved DatasetDict")
+    loss: Literal["tgdpo", "dpo", "simpo"] = option("tgdpo", "the loss")
+    beta: float = option(0.1, "strength of the pull towards the reference; SimPO: scale of the mean log-prob")
+    alpha: float = option(0.5, "TGDPO: weight of the token rewards in f = 1 +- alpha rhat; 0 is DPO")
+    reward_beta: float | None = option(None, "the beta inside rhat; none: beta")
+    gamma: float = option(0.5, "SimPO: target margin")
+    guidance_floor: float | None = option(None, "TGDPO: smallest value that f may take; none: f is not bounded")
+    max_length: int = option(2048, "tokens of prompt and response; a longer prompt loses its left end")
+    learning_rate: float = option(7e-7, "peak learning rate of AdamW")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option("cosine", "schedule")
+    warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises from 0")
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
+    num_train_epochs: float = option(1.0, "passes over the pairs")
+    max_steps: int = option(-1, "optimizer steps, instead of epochs; -1: epochs")
+    per_device_train_batch_size: int = option(1, "pairs in one forward pass")
+    gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step")
+    eval_size: float = option(0, "pairs held out for evaluation; below 1: a share of all pairs")
+    eval_steps: int | None = option(None, "evaluate each so many steps; none: at the end only")
+    logging_steps: int = option(1, "write a row of metrics each so many steps")
+    save_steps: int = option(0, "save a checkpoint each so many steps; 0: none")
+    resume: bool = option(False, "continue the run in output_dir from its newest complete checkpoint")
+    dtype: Literal["bfloat16", "float32"] | None = option(None, "compute type; none: bfloat16 on CUDA, else float32")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
+    seed: int = option(42, "seed of the order of the pairs and of everything drawn")
+    output_dir: str | None = option(None, "where the run is written, new or empty; none: runs/<time>")
+    cache_dir: str = option("~/.cache/tgdpo", "where annotations are kept for later runs")
+
+
+# The tiny mode's own defaults, before file and flags. Measured: README, "What the tiny mode shows".
+TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=3e-4, num_train_epochs=2.0,
+            per_device_train_batch_size=32, eval_size=0.1)
+# What a --resume may change: where and what is reported, not what is learned.
+FREE_ON_RESUME = ("resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps "
+                  "logging_steps").split()
+
+
+def read_options(argv):
+    """Command line -> Options. A first argument that is no flag names a .yaml or .json file; flags override it."""
+    tiny = ", ".join(f"--{name} {value}" for name, value in TINY.items())
+    parser = HfArgumentParser(Options, prog="tgdpo.py", usage="tgdpo.py [FILE.yaml] [--OPTION VALUE ...]",
+                              allow_abbrev=False, epilog=f"Without --model_name_or_path: {tiny}")
+
+    def fail(message):
+        raise InputError(message)   # argparse itself would print two lines
+    parser.error = fail
+    if argv and not argv[0].startswith("-"):
+        with reading(f"{argv[0]}, taken for a file of options,"):
+            values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))   # JSON is YAML
+        if not isinstance(values, dict) or any(isinstance(value, (dict, list)) for value in values.values()):
+            fail(f"{argv[0]}: expected a file that maps option names to values, one a line, such as 'beta: 0.1'")
+        argv = [f"--{key}={value}" for key, value in values.items() if value is not None] + argv[1:]
+    if not any(arg.split("=")[0] == "--model_name_or_path" for arg in argv):
+        parser.set_defaults(**TINY)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Options)], 1)
+        fail(f"unknown option {unknown[0]}; {f'did you mean {near[0]}? ' if near else ''}--help lists all")
+    options = Options(**vars(values))
+    check_options(options)
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if options.device != "auto" and not here[options.device]:
+        fail(f"--device {options.device}: torch {torch.__version__} finds none here; expected auto or cpu")
+    device = next(name for name in here if here[name] and options.device in (name, "auto"))
+    return replace(options, device=device, dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
+                   output_dir=options.output_dir or time.strftime("runs/%Y-%m-%d_%H%M%S"))
+
+
+def check_options(o):
+    """Raise InputError for the first value that makes no sense."""
+    def need(name, good, expected):
+        if not good:
+            raise InputError(f"--{name} is {getattr(o, name)}; expected {expected}")
+    for name, value in vars(o).items():
+        if isinstance(value, (int, float)) and name not in ("gamma", "max_steps"):
+            need(name, 0 <= value < math.inf, "a number, 0 or above")
+            if name not in "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split():
+                need(name, value > 0 or isinstance(value, bool), "a number above 0")
+    need("gamma", math.isfinite(o.gamma), "a number")
+    need("warmup_ratio", o.warmup_ratio <= 1, "at most 1")
+    need("max_length", o.max_length >= 2, "at least 2")
+    need("max_steps", o.max_steps == -1 or o.max_steps > 0, "-1 or a number above 0")
+    need("eval_size", o.eval_size < 1 or o.eval_size == int(o.eval_size), "a share below 1 or a whole number")
+    need("dataset", o.dataset or not o.model_name_or_path, "preference pairs for --model_name_or_path")
+    need("output_dir", o.output_dir or not o.resume, "the directory of the run that --resume shall continue")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("found several processes; one is supported so far: torchrun --nproc_per_node 1 tgdpo.py")
+
+
+# ------------------------------------------------------------------------------------------------ 3. the mathematics
+def guidance(token_rewards, alpha, side, floor=None):
+    """f of the guided token-level PPO (Theorem 4.3) in the paper's practical choice: how much a token counts.
+
+        f_w(r̂) = 1 + α r̂    on the chosen response (side +1): a good token of the winner counts more
+        f_l(r̂) = 1 - α r̂    on the rejected response (side -1): a bad token of the loser counts more
+
+    Any shape in, the same shape out. The theorem assumes f > 0 (Assumption 4.2); floor, if given, enforces it.
+    """
+    f = 1 + side * alpha * token_rewards
+    return f if floor is None else f.clamp(min=floor)
+
+
+# ------------------------------------------------------------------------------------------------------ 4. the losses
+def tgdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+               chosen_rewards, rejected_rewards, beta, alpha, floor=None):
+    """The TGDPO loss of B pairs; alpha = 0 is DPO. Source: the paper's loss, which follows from its Theorem 4.4.
+
+    All tensors are (B, T), one value for each response token and zero elsewhere; chosen and rejected may differ in T.
+    Rewards are the token rewards r̂_t (the paper's: β times the reward model's log-ratio); they get no gradient.
+    Returns (losses (B,), chosen_scores (B,), rejected_scores (B,)). A score is β Σ_t ℓ_t, detached and without f: what
+    the official code and TRL log as rewards.
+    """
+    chosen_ratios = policy_chosen_logps - ref_chosen_logps                              # ℓ_t of y_w, (B, T)
+    rejected_ratios = policy_rejected_logps - ref_rejected_logps                        # ℓ_t of y_l, (B, T)
+    chosen_weights = guidance(chosen_rewards.detach(), alpha, +1, floor)                # f_w, (B, T)
+    rejected_weights = guidance(rejected_rewards.detach(), alpha, -1, floor)            # f_l, (B, T)
+    # φ = Σ_t β f_w(r̂_t) ℓ_t  -  Σ_t β f_l(r̂_t) ℓ_t
+    phi = beta * (chosen_weights * chosen_ratios).sum(-1) - beta * (rejected_weights * rejected_ratios).sum(-1)
+    # Bradley-Terry, P(y_w beats y_l) = σ(φ + δ), with δ, the part that does not depend on π_θ, dropped (Theorem 4.4)
+    losses = -F.logsigmoid(phi)
+    return losses, beta * chosen_ratios.sum(-1).detach(), beta * rejected_ratios.sum(-1).detach()
+
+
+def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, beta, gamma):
+    """The SimPO loss of B pairs (arXiv 2405.14734): mean log-probs, no reference, and a target margin gamma.
+
+    Log-probs and masks are (B, T), a mask true on response tokens; chosen and rejected may differ in T. Returns the
+    triple of tgdpo_loss; a score is β times the mean log-prob.
+    """
+    chosen_means = (policy_chosen_logps * chosen_mask).sum(-1) / chosen_mask.sum(-1)                    # (B,)
+    rejected_means = (policy_rejected_logps * rejected_mask).sum(-1) / rejected_mask.sum(-1)            # (B,)
+    phi = beta * chosen_means - beta * rejected_means - gamma
+    return -F.logsigmoid(phi), beta * chosen_means.detach(), beta * rejected_means.detach()
+
+
+# ------------------------------------------------------------------------------------------------ 5. token log-probs
+LOGITS_BYTES = 2**28   # float32 logits that exist at one time: 256 MiB
+
+
+def collate(rows, device):
+    """Columns of B pairs, as lists -> padded tensors: ids and masks of sequences (N, T), per-token columns (N, R).
+
+    Padding is on the right, where a causal model never looks, so no attention mask is needed; what the padding holds
+    does not matter, since response_mask picks the tokens that count, everywhere. Rows without a rejected side will do.
+    """
+    sides = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
+
+    def stack(name):
+        return [values for side in sides for values in rows[f"{side}_{name}"]]
+    parts = list(zip(rows["prompt_ids"] * len(sides), stack("ids")))
+    columns = {"input_ids": [prompt + ids for prompt, ids in parts],
+               "response_mask": [[False] * len(prompt) + [True] * len(ids) for prompt, ids in parts]}
+    columns |= {name: stack(name) for name in ("ref_logps", "rewards") if f"chosen_{name}" in rows}
+    return {name: pad_sequence([torch.tensor(row) for row in column], batch_first=True).to(device)
+            for name, column in columns.items()}
+
+
+def response_places(response_mask):
+    """Mask of the responses inside sequences (N, T) -> mask of the same responses moved to column 0, (N, R)."""
+    lengths = response_mask.sum(-1)
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def head_logits(model, hidden, output_class):
+    """Hidden states (M, H) -> logits (M, V) by the model's own forward, its body replaced by `hidden` for this call.
+
+    So whatever a family does behind its body (logit scaling, soft-capping, a bias) is done here too.
+    """
+    body = model.get_decoder()
+    body.forward = lambda *args, **kwargs: output_class(last_hidden_state=hidden[None])
+    try:
+        return type(model).forward(model, inputs_embeds=hidden[None], use_cache=False).logits[0]
+    finally:
+        del body.forward   # uncovers the class's forward again
+
+
+def token_logps(model, input_ids, response_mask, dtype="float32"):
+    """log π(y_t | s_t) of each response token: sequences (N, T) -> float32 (N, R), every response from column 0 on.
+
+    The head runs on response positions only, in chunks of LOGITS_BYTES; where there are several, the backward pass
+    computes them again, so memory does not grow with tokens times vocabulary. Log-softmax is in float32.
+    """
+    def logps_of(hidden, labels):
+        return -F.cross_entropy(head_logits(model, hidden, type(body)).float(), labels, reduction="none")
+
+    with torch.autocast(input_ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        body = model.get_decoder()(input_ids=input_ids, use_cache=False)
+        # The one shift: the state at position t predicts the token at t + 1.
+        predicted = response_mask[:, 1:]                                                # (N, T-1)
+        hidden = body.last_hidden_state[:, :-1][predicted]                              # (M, H)
+        labels = input_ids[:, 1:][predicted]                                            # (M,)
+        size = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
+        if len(labels) <= size:
+            flat = logps_of(hidden, labels)                                             # (M,)
+        else:
+            flat = torch.cat([checkpoint(logps_of, h, y, use_reentrant=False)
+                              for h, y in zip(hidden.split(size), labels.split(size))])
+    places = response_places(response_mask)
+    return torch.zeros(places.shape, device=flat.device).masked_scatter(places, flat)
+
+
+# -------------------------------------------------------------------------------------------- 6. data: rows -> tokens
+class Unusable(Exception):
+    """A pair that cannot be trained on; its text is the reason that it is counted under."""
+
+
+FORMATS = ("chosen and rejected (text or messages) beside prompt, instruction or conversations, or whole conversations "
+           "in chosen and rejected")
+ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}   # other names -> ours
+# Some chat templates ask for today's date, which would change tokens and caches every day: here it stands still.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+
+def load_rows(name, split):
+    """The rows of a data set, in order: from a file, a directory saved by `datasets`, or the hub."""
+    file = Path(name)
+    with reading(f"--dataset {name}"):
+        if file.is_file() and re.search(r"\.jsonl?(\.gz)?$", file.name):   # by json: pyarrow fails all for one odd row
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as stream:
+                text = stream.read().strip()
+            lines = [line for line in text.split("\n") if line.strip()]
+            return json.loads(text if text.startswith("[") else "[" + ",\n".join(lines) + "]")
+        if file.is_file() and file.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=name, split="train").to_list()
+        if file.is_file() or re.search(r"\.(jsonl?|gz|parquet|csv|tsv|txt)$", file.name):
+            raise InputError(f"--dataset {name}: {'unknown kind' if file.is_file() else 'no such file'}; expected "
+                             ".json, .jsonl, .jsonl.gz, .parquet, a directory saved by datasets or a hub name")
+        data = datasets.load_from_disk(name) if file.is_dir() else datasets.load_dataset(name, split=split)
+        return (data[split] if isinstance(data, datasets.DatasetDict) else data).to_list()
+
+
+def read_messages(value):
+    """A message or a list of them, with role/content or from/value -> [{"role", "content"}]."""
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise Unusable("a field is missing" if value is None else "a field is neither text nor messages")
+    pairs = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in value]
+    if not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise Unusable("a message without a role or without text")
+    return [{"role": ROLES.get(role, role), "content": content} for role, content in pairs]
+
+
+def read_response(value, chat):
+    """A chosen or rejected field -> (the messages before the response, the response's text)."""
+    if isinstance(value, str):
+        if not (value.startswith("\n\nHuman:") and "\n\nAssistant:" in value):
+            return [], value
+        if not chat:   # an Anthropic HH transcript stays as it is, up to its last answer
+            before, response = value.rsplit("\n\nAssistant:", 1)
+            return [{"role": "user", "content": before + "\n\nAssistant:"}], response
+        parts = re.split(r"\n\n(Human|Assistant):", value)[1:]
+        value = [{"role": who, "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    messages = read_messages(value)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Unusable("chosen or rejected does not end with an assistant's message")
+    return messages[:-1], messages[-1]["content"]
+
+
+def read_pair(row, chat):
+    """A row in any known format -> (the prompt's messages, chosen text, rejected text). Raises Unusable.
+
+    chat: whether the tokenizer has a chat template; only then is a transcript in one string taken apart.
+    """
+    if not isinstance(row, dict):
+        raise Unusable("a row is no object")
+    if isinstance(row.get("instruction"), str) and row.get("prompt") is None:
+        texts = [text for turn in row.get("history") or [] for text in turn]
+        texts.append(row["instruction"] + (f"\n{row['input']}" if row.get("input") else ""))
+        turns = read_messages([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
+    elif isinstance(row.get("prompt"), str):
+        turns = [{"role": "user", "content": row["prompt"]}]
+    else:
+        turns = read_messages(row.get("prompt") or row.get("conversations") or row.get("instruction") or [])
+    before, chosen = read_response(row.get("chosen"), chat)
+    rejected_before, rejected = read_response(row.get("rejected"), chat)
+    if before != rejected_before:
+        raise Unusable("chosen and rejected differ before their last message")
+    if before:   # whole conversations; they usually repeat the prompt
+        turns = before if all(turn in before for turn in turns) else turns + before
+    if row.get("system") and isinstance(row["system"], str) and "system" not in [turn["role"] for turn in turns]:
+        turns = [{"role": "system", "content": row["system"]}] + turns
+    if not turns or not chosen.strip() or not rejected.strip():
+        raise Unusable("an empty response" if turns else "no prompt")
+    return turns, chosen, rejected
+
+
+def render(tokenizer, turns, responses):
+    """(messages, responses) -> (prompt text, response texts with their end tokens), as the chat template has it."""
+    def apply(turns, **kwargs):
+        return tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template, **kwargs)
+    template = FIXED_DATE + tokenizer.get_chat_template()
+    try:
+        try:
+            prompt = apply(turns, add_generation_prompt=True)
+        except jinja2.TemplateError:   # some refuse a system turn; it then opens the first user turn
+            if turns[0]["role"] != "system" or len(turns) == 1:
+                raise
+            turns = [{**turns[1], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}] + turns[2:]
+            prompt = apply(turns, add_generation_prompt=True)
+        full = [apply(turns + [{"role": "assistant", "content": response}]) for response in responses]
+    except jinja2.TemplateError as e:
+        raise Unusable(f"the chat template refuses it: {e}") from e
+    asked, prompt = apply(turns), os.path.commonprefix([prompt, *full])   # some write more before an answer to come
+    if not prompt.startswith(asked):
+        raise Unusable("the chat template writes the prompt differently once it is answered")
+    return prompt, [text[len(prompt):] for text in full]
+
+
+def encode(tokenizer, turns, responses):
+    """(messages, responses) -> (prompt ids, response ids): one BOS, one end token, the prompt a true prefix."""
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    prompt = "\n".join(turn["content"] for turn in turns)
+    chat = tokenizer.chat_template is not None and not prompt.startswith(ends)   # such a prompt is formatted already
+    if chat:
+        responses = [text.removesuffix(tokenizer.eos_token or "") for text in responses]
+        prompt, responses = render(tokenizer, turns, responses)
+    prompt_ids, response_ids = ids(prompt), []
+    for text in responses:
+        # Together where that leaves the prompt's tokens alone, as they are when the model generates; else apart.
+        both = ids(prompt + text)
+        response_ids.append(both[len(prompt_ids):] if both[:len(prompt_ids)] == prompt_ids else ids(text))
+        if eos is not None and not text.rstrip().endswith(ends):
+            response_ids[-1].append(eos)
+    if not prompt_ids or (not chat and prompt_ids[0] != bos and tokenizer("a").input_ids[0] == bos):
+        first = bos if bos is not None else eos   # something must come before the first response token
+        if first is None:
+            raise Unusable("an empty prompt, and neither BOS nor EOS to begin with")
+        prompt_ids = [first] + prompt_ids
+    return prompt_ids, response_ids
+
+
+def truncate(prompt_ids, response_ids, max_length, bos):
+    """Cut the prompt's left end (a BOS stays, and at least one token), then the responses' right ends."""
+    room = max(1, max_length - max(map(len, response_ids)))
+    if len(prompt_ids) > room:
+        kept = prompt_ids[:1] if prompt_ids[0] == bos else []
+        prompt_ids = kept + prompt_ids[len(prompt_ids) - room + len(kept):]
+    return prompt_ids, [ids[:max_length - len(prompt_ids)] for ids in response_ids]
+
+
+def read_rewards(row, response_ids, index):
+    """The token rewards that a row brings itself, as {column: values}, checked against its tokens."""
+    rewards = {f"{side}_rewards": row.get(f"{side}_rewards") for side in ("chosen", "rejected")}
+    for (name, values), ids in zip(rewards.items(), response_ids):
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+            raise InputError(f"row {index}: {name} must be a list of finite numbers, one for each response token")
+        if len(values) != len(ids):
+            raise InputError(f"row {index}: {name} has {len(values)} values; expected {len(ids)}, one for each token "
+                             "of the response, its end token included")
+    return rewards
+
+
+def tokenize(rows, tokenizer, max_length, source):
+    """Rows -> (Dataset, counts). Columns: index (the row's number, from 0), prompt_ids, chosen_ids, rejected_ids, and
+    chosen_rewards, rejected_rewards where the rows bring them. Unusable rows are dropped, counted and reported."""
+    found = sorted({str(name) for row in rows if isinstance(row, dict) for name in row})
+    columns = f"columns: {', '.join(found) or 'none'}; expected {FORMATS}"
+    if not {"chosen", "rejected"} <= set(found):
+        raise InputError(f"{source}: {len(rows)} rows with the {columns}")
+    used, cuts, reasons = [], Counter(), Counter()
+    for index, row in enumerate(tqdm(rows, desc="tokenize", disable=None)):
+        try:
+            turns, *texts = read_pair(row, tokenizer.chat_template is not None)
+            whole_prompt, whole = encode(tokenizer, turns, texts)
+            prompt_ids, cut = truncate(whole_prompt, whole, max_length, tokenizer.bos_token_id)
+            if cut[0] == cut[1]:
+                raise Unusable("identical responses" + " up to --max_length" * (whole[0] != whole[1]))
+        except Unusable as e:
+            reasons[str(e)] += 1
+            continue
+        used.append({"index": index, "prompt_ids": prompt_ids, "chosen_ids": cut[0], "rejected_ids": cut[1]})
+        if "chosen_rewards" in found or "rejected_rewards" in found:
+            rewards = read_rewards(row, whole, index)
+            used[-1] |= {name: values[:len(ids)] for (name, values), ids in zip(rewards.items(), cut)}
+        cuts["prompts"] += len(prompt_ids) < len(whole_prompt)
+        cuts["responses"] += sum(len(short) < len(ids) for short, ids in zip(cut, whole))
+    report = f"{source}: {len(rows)} pairs read, {len(used)} used"
+    report += "".join(f"; dropped {n}: {reason}" for reason, n in reasons.items())
+    if not used:
+        raise InputError(f"{report}; {columns}")
+    print(report + "".join(f"; {n} {what} cut to {max_length} tokens" for what, n in cuts.items() if n))
+    counts = {"read": len(rows), "used": len(used), "dropped": dict(reasons), "cut": dict(cuts)}
+    return datasets.Dataset.from_list(used), counts
+
+
+# --------------------------------------------------------------------------------------------------- 7. the tiny world
+NOUNS, VERBS = "cat dog bird fish horse king queen child".split(), "is was seems".split()
+GOOD, BAD = "good kind happy brave wise calm".split(), "bad cruel sad weak lazy loud".split()
+TINY_STEPS, TINY_PAIRS, TINY_PROMPTS = 400, 4000, 1000   # language model steps, pairs, fresh prompts to judge on
+
+
+def tiny_next(before, noun):
+    """The grammar: what may follow the word `before` ("" at the start) in a description of `noun`, as a list to draw
+    from. It makes sentences such as "the cat is not good and it was very kind . <eos>"."""
+    if before in VERBS:
+        return GOOD + BAD + ["not"] * 8 + ["very"] * 6
+    if before in GOOD + BAD:
+        return ["and", "."]
+    return {"": ["the"], "the": [noun], noun: VERBS, "it": VERBS, "not": GOOD + BAD + ["very"] * 4, "very": GOOD + BAD,
+            "and": ["it"], ".": ["<eos>"]}.get(before, [])
+
+
+def tiny_legal(noun, words):
+    """Which of the words the grammar allows."""
+    return [word in tiny_next(before, noun) for before, word in zip(["", *words], words)]
+
+
+def tiny_rewards(noun, words):
+    """The true reward of each word: a good adjective +1, a bad one -1, twice that after "very" and the opposite after
+    "not", so that the same word earns more or less by its context; -1 for a word against the grammar; else 0."""
+    rewards = []
+    for two_before, before, word, legal in zip(["", "", *words], ["", *words], words, tiny_legal(noun, words)):
+        negated = before == "not" or (before == "very" and two_before == "not")
+        worth = ((word in GOOD) - (word in BAD)) * (2 if before == "very" else 1) * (-1 if negated else 1)
+        rewards.append(float(worth) if legal else -1.0)
+    return rewards
+
+
+def tiny_tokenizer(texts, max_length):
+    """For the tiny language a tokenizer of words; for texts a byte-level BPE, trained on them, with a chat template."""
+    special = ["<unk>", "<pad>", "<eos>"] + ["<|system|>", "<|user|>", "<|assistant|>"] * (texts is not None)
+    if texts is None:
+        words = special + "describe : the it not very and .".split() + NOUNS + VERBS + GOOD + BAD
+        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        core.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=4096, special_tokens=special, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
+        additional_special_tokens=special[3:], model_max_length=max_length)
+    if texts is not None:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    return tokenizer
+
+
+def tiny_language_model(sequences, tokenizer, options, folder):
+    """A two-layer GPT-2, trained from scratch on lists of token ids and saved in folder."""
+    torch.manual_seed(options.seed)
+    rng = random.Random(options.seed)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=options.max_length, n_embd=128, n_layer=2, n_head=4, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = prepare_model(transformers.GPT2LMHeadModel(config), options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    scheduler = get_scheduler("cosine", optimizer, TINY_STEPS // 10, TINY_STEPS)
+    size = max(4, 1600 * len(sequences) // sum(map(len, sequences)))   # about 1600 tokens a step
+    for _ in (bar := tqdm(range(TINY_STEPS), desc="language model", disable=None)):
+        batch = [torch.tensor(ids[:options.max_length]) for ids in rng.choices(sequences, k=size)]
+        ids, labels = [pad_sequence(batch, batch_first=True, padding_value=pad).to(model.device) for pad in (0, -100)]
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    beside = folder.with_name(folder.name + ".saving")
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.rename(folder)
+
+
+@torch.no_grad()
+def sample(path, prompts, options, tokenizer, title):
+    """A response to each prompt, drawn from a model at temperature 1: lists of prompt ids -> lists of response ids."""
+    torch.manual_seed(options.seed)
+    model = load_model(path, options).eval()
+    ids_of = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    settings = transformers.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=32, **ids_of)
+    responses = []
+    for start in tqdm(range(0, len(prompts), 256), desc=title, disable=None):
+        batch = tokenizer.pad({"input_ids": prompts[start:start + 256]}, padding_side="left", return_tensors="pt")
+        drawn = model.generate(**batch.to(model.device), generation_config=settings)[:, batch["input_ids"].shape[1]:]
+        for ids in drawn.tolist():
+            responses.append(ids[:ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids)
+    return responses
+
+
+def tiny_pairs(path, tokenizer, options, file):
+    """Two responses to each prompt, Bradley-Terry on their summed true rewards chooses: {prompt, chosen, rejected}."""
+    rng = random.Random(options.seed)
+    nouns = [rng.choice(NOUNS) for _ in range(TINY_PAIRS)]
+    prompts = tokenizer([f"describe the {noun} :" for noun in nouns] * 2).input_ids
+    drawn = [tokenizer.convert_ids_to_tokens(ids) for ids in sample(path, prompts, options, tokenizer, "sample pairs")]
+    rows = []
+    for noun, *both in zip(nouns, drawn[:TINY_PAIRS], drawn[TINY_PAIRS:]):
+        first, second = [sum(tiny_rewards(noun, words)) for words in both]
+        if rng.random() > 1 / (1 + math.exp(second - first)):   # P(the first is chosen) = σ(first - second)
+            both.reverse()
+        rows.append({"prompt": f"describe the {noun} : ", "chosen": " ".join(both[0]), "rejected": " ".join(both[1])})
+    write(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------------------- 8. models and runs: load, save, resume
+def model_folder(name):
+    """The local directory of a model; a hub name is downloaded once, weights as safetensors only."""
+    if os.path.isdir(name):
+        return Path(name)
+    with reading(f"model {name}: no such directory, and on the hub it"):
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model."""
+    with reading(f"the tokenizer of model {name}"):
+        return AutoTokenizer.from_pretrained(model_folder(name))
+
+
+def load_model(name, options):
+    """A causal language model from safetensors, its weights in float32, ready for token_logps."""
+    with reading(f"model {name}"):
+        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32, use_safetensors=True)
+    return prepare_model(model, options)
+
+
+def prepare_model(model, options):
+    """Move a model to its device, in train mode (gradient checkpointing asks for it) with every dropout at 0, so that
+    the policy and the reference run the same forward. Dropout sits in nn.Dropout modules and in float attributes."""
+    for module in model.modules():
+        dropouts = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        for name in dropouts + ["p"] * isinstance(module, torch.nn.Dropout):
+            setattr(module, name, 0.0)
+    if options.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model.to(options.device).train()
+
+
+def check_models(options, tokenizer, pairs):
+    """Two models' log-probs compare only token by token: every token of the pairs must mean the same to all models."""
+    used = sorted({i for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in pairs[name] for i in ids})
+    for other in {options.ref_model, options.reward_model} - {None, options.model_name_or_path}:
+        theirs = load_tokenizer(other).get_vocab()
+        for i, token in zip(used, tokenizer.convert_ids_to_tokens(used)):
+            if theirs.get(token) != i:
+                raise InputError(f"model {other} has another vocabulary than the model to train: {token!r} is token "
+                                 f"{theirs.get(token)} there and {i} here; expected a model of the same family")
+
+
+def write(file, text):
+    """Write a file beside and rename it: it is there whole or not at all."""
+    beside = file.with_name(file.name + ".saving")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def record(folder, **values):
+    """Set values in folder/run.json."""
+    file = folder / "run.json"
+    write(file, json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values, indent=1) + "\n")
+
+
+def training_state(model, optimizer, scheduler, step, window):
+    """All that the next step depends on. The data position is the step itself (pairs_of_step); window holds what
+    summarize has not yet written: the metrics of the pairs since the last row."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "rng": torch.get_rng_state(),
+            "trainer": json.dumps({"scheduler": scheduler.state_dict(), "step": step, "window": window})}
+
+
+def save_checkpoint(folder, *state):
+    """Write training_state(*state) beside and rename it, so that a kill at any moment leaves a usable checkpoint."""
+    beside = folder.with_name(folder.name + ".saving")
+    shutil.rmtree(beside, ignore_errors=True)
+    dcp.save(training_state(*state), checkpoint_id=beside, no_dist=True)
+    beside.rename(folder)
+
+
+def newest_checkpoint(folder):
+    """The complete checkpoint of the largest step in a run's folder, or None."""
+    complete = [path for path in folder.glob("checkpoint-*") if path.suffix != ".saving"]
+    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def load_checkpoint(folder, model, optimizer, scheduler):
+    """Restore the newest checkpoint -> (step, window), and cut the metrics after it; (0, {}) where there is none."""
+    path, trainer = newest_checkpoint(folder), {"step": 0, "window": {}}
+    if path is not None:
+        state = training_state(model, optimizer, scheduler, **trainer)
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        trainer = json.loads(state["trainer"])
+        scheduler.load_state_dict(trainer["scheduler"])
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer["step"]]   # } : whole
+    write(metrics, "".join(row + "\n" for row in rows))
+    return trainer["step"], trainer["window"]
+
+
+def open_folder(folder, options):
+    """Refuse an output directory that holds something, unless it is a run's and --resume asks for it."""
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name] * folder.exists()
+    if found and not options.resume:
+        raise InputError(f"--output_dir {folder} is not empty; give a new one, or --resume to continue the run in it")
+    if found and not {"run.json", "start_model", "reward_model"} & set(found):
+        raise InputError(f"--resume: {folder} holds no run of tgdpo.py but {', '.join(found[:5])}")
+
+
+def open_run(folder, options, facts):
+    """Begin folder/run.json -> False; with --resume, check that the run there is this one -> whether it is finished."""
+    mine = json.loads(json.dumps(asdict(options) | facts))
+    if options.resume and (folder / "run.json").exists():
+        run = json.loads((folder / "run.json").read_text())
+        theirs = run["options"] | run
+        for name in [name for name in mine if name not in FREE_ON_RESUME and theirs.get(name) != mine[name]]:
+            raise InputError(f"--resume: {name} was {theirs.get(name)} in {folder} and is {mine[name]} now; resume "
+                             "with what the run began with, or begin another in a new --output_dir")
+        return run["finished"]
+    folder.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    record(folder, options=asdict(options), **facts, versions={"python": sys.version.split()[0]} | versions,
+           git_commit=git.stdout.decode().strip(), finished=False)
+    return False
+
+
+# -------------------------------------------------------------------------------------- 9. annotate, train, evaluate
+def fingerprint(thing):
+    """Of a model, by its name: its configuration and weights; of pairs: their tokens and token rewards. By content."""
+    sha = hashlib.sha256()
+    if isinstance(thing, datasets.Dataset):
+        names = [name for name in thing.column_names if name.endswith(("_ids", "_rewards"))]
+        for row in thing.select_columns(names).with_format("numpy"):
+            for name in names:
+                sha.update(f"{name} {len(row[name])} ".encode() + row[name].tobytes())
+        return sha.hexdigest()[:32]
+    folder = model_folder(thing)
+    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+        with reading(f"model {thing}"), file.open("rb") as stream:
+            while block := stream.read(2**24):
+                sha.update(block)
+    return sha.hexdigest()[:32]
+
+
+@torch.no_grad()
+def token_columns(name, pairs, options, title):
+    """Token log-probs of a frozen model by training's own forward: for each side, one list of floats a pair."""
+    model, size = load_model(name, options), options.per_device_train_batch_size
+    sides = [side for side in ("chosen_ids", "rejected_ids") if side in pairs.column_names]
+    lengths = [len(prompt) + max(map(len, ids)) for prompt, *ids in zip(*[pairs[k] for k in ["prompt_ids"] + sides])]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)   # similar lengths share a batch
+    columns = [[None] * len(pairs) for _ in sides]
+    for start in tqdm(range(0, len(order), size), desc=title, disable=None):
+        indices = order[start:start + size]
+        rows = pairs[indices]
+        batch = collate(rows, model.device)
+        logps = token_logps(model, batch["input_ids"], batch["response_mask"], options.dtype).tolist()
+        for column, side, values in zip(columns, sides, (logps[:len(indices)], logps[len(indices):])):
+            for i, padded, ids in zip(indices, values, rows[side]):
+                column[i] = padded[:len(ids)]
+    return columns
+
+
+def annotate(name, pairs, options, title):
+    """token_columns, kept in cache_dir under the content of the model and of the pairs, and the dtype.
+
+    What is kept are raw log-probs, without any beta: no option of the loss can make them stale.
+    """
+    pairs = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    store = Path(options.cache_dir).expanduser() / f"{fingerprint(name)}-{fingerprint(pairs)}-{options.dtype}-1"
+    if store.is_dir():
+        print(f"{title}: log-probs from the cache, {store}")
+        saved = datasets.load_from_disk(str(store))
+        return saved["chosen"][:], saved["rejected"][:]
+    columns = token_columns(name, pairs, options, title)
+    kinds = datasets.Features({side: datasets.List(datasets.Value("float32")) for side in ("chosen", "rejected")})
+    beside = store.with_name(f"{store.name}.{os.getpid()}.saving")
+    datasets.Dataset.from_dict(dict(zip(kinds, columns)), kinds).save_to_disk(str(beside))
+    try:
+        beside.rename(store)
+    except OSError:   # another run has just written the same
+        shutil.rmtree(beside)
+    return columns
+
+
+def add_columns(pairs, name, columns):
+    """Join per-token columns to the pairs, as chosen_<name> and rejected_<name>."""
+    for side, column in zip(("chosen", "rejected"), columns):
+        pairs = pairs.add_column(f"{side}_{name}", column, feature=datasets.List(datasets.Value("float32")))
+    return pairs
+
+
+def forward(model, batch, options):
+    """A batch through the policy and the loss -> (losses (B,), {metric: (B,), detached})."""
+    logps = token_logps(model, batch["input_ids"], batch["response_mask"], options.dtype)               # (N, R)
+    places = response_places(batch["response_mask"])                                                    # (N, R)
+    chosen_logps, rejected_logps = logps.chunk(2)                                                       # (B, R) each
+    if options.loss == "simpo":
+        losses, chosen, rejected = simpo_loss(chosen_logps, rejected_logps, *places.chunk(2),
+                                              options.beta, options.gamma)
+    else:
+        alpha = options.alpha if options.loss == "tgdpo" else 0.0                                       # α = 0 is DPO
+        rewards = batch["rewards"] if options.loss == "tgdpo" else torch.zeros_like(logps)              # r̂, (N, R)
+        losses, chosen, rejected = tgdpo_loss(chosen_logps, rejected_logps, *batch["ref_logps"].chunk(2),
+                                              *rewards.chunk(2), options.beta, alpha, options.guidance_floor)
+    metrics = {"loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
+               "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
+               "logps/chosen": chosen_logps.detach().sum(-1), "logps/rejected": rejected_logps.detach().sum(-1)}
+    if options.loss == "tgdpo":   # f of both responses of a pair, side by side
+        sides = torch.tensor([1.0, -1.0], device=logps.device).repeat_interleave(len(losses))[:, None]  # (N, 1)
+        f = torch.cat(guidance(rewards, alpha, sides, options.guidance_floor).chunk(2), dim=-1)         # (B, 2R)
+        inside = torch.cat(places.chunk(2), dim=-1)                                                     # (B, 2R)
+        metrics |= {"guidance/sum": (f * inside).sum(-1), "guidance/tokens": inside.sum(-1),
+                    "guidance/min": f.where(inside, math.inf).amin(-1),
+                    "guidance/max": f.where(inside, -math.inf).amax(-1),
+                    "guidance/nonpositive": ((f <= 0) & inside).sum(-1)}
+    return losses, metrics
+
+
+def pass_over(model, pairs, options, learn):
+    """Pairs through the loss, in micro-batches -> {metric: one value a pair}; with learn, their gradient accumulates.
+
+    A micro-batch's losses are divided by the number of all pairs here, so any split gives one large batch's gradient.
+    """
+    table = {}
+    for start in range(0, len(pairs), options.per_device_train_batch_size):
+        rows = pairs[start:start + options.per_device_train_batch_size]
+        with torch.set_grad_enabled(learn):
+            losses, metrics = forward(model, collate(rows, model.device), options)
+        if learn:
+            (losses.sum() / len(pairs)).backward()
+        for name, values in metrics.items():
+            table.setdefault(name, []).append(values)
+    return {name: torch.cat(values).tolist() for name, values in table.items()}
+
+
+def summarize(table):
+    """{metric: one value a pair} -> one row: means over pairs; for f its mean, range and count over response tokens."""
+    row = {name: math.fsum(values) / len(values) for name, values in table.items() if not name.startswith("guidance/")}
+    if "guidance/sum" in table:
+        row |= {"guidance/mean": math.fsum(table["guidance/sum"]) / sum(table["guidance/tokens"]),
+                "guidance/min": min(table["guidance/min"]), "guidance/max": max(table["guidance/max"]),
+                "guidance/nonpositive": sum(table["guidance/nonpositive"])}
+    return row
+
+
+def split_rows(n, options):
+    """Seeded split of n pairs by --eval_size -> (rows to train on, rows held out), both in data order."""
+    held = round(options.eval_size * n) if options.eval_size < 1 else int(options.eval_size)
+    if options.eval_size and not 0 < held < n:
+        raise InputError(f"--eval_size {options.eval_size:g} would hold out {held} of {n} pairs; expected 1 to {n - 1}")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed)).tolist()
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def pairs_of_step(n, step, options):
+    """Rows of an optimizer step (from 0): each epoch is a seeded shuffle of all n, and its last step may be smaller."""
+    size = options.per_device_train_batch_size * options.gradient_accumulation_steps
+    epoch, k = divmod(step, math.ceil(n / size))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed + epoch)).tolist()
+    return order[k * size:(k + 1) * size]
+
+
+def make_optimizer(model, n, options):
+    """AdamW and its schedule for n pairs -> (optimizer, scheduler, number of steps)."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]   # biases and norms
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    epoch = math.ceil(n / (options.per_device_train_batch_size * options.gradient_accumulation_steps))
+    steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * epoch)
+    warmup = math.ceil(options.warmup_ratio * steps)
+    return optimizer, get_scheduler(options.lr_scheduler_type, optimizer, warmup, steps), steps
+
+
+def train(options, pairs, tokenizer, facts):
+    """Train options.model_name_or_path on annotated pairs. Everything goes into options.output_dir: the model, its
+    tokenizer, metrics.jsonl, checkpoints and run.json (README, "What a run leaves behind")."""
+    folder = Path(options.output_dir)
+    if open_run(folder, options, {"model": fingerprint(options.model_name_or_path)} | facts):
+        return print(f"{folder}: finished already")
+    pairs, held_out = [pairs.select(rows) for rows in split_rows(len(pairs), options)]
+    torch.manual_seed(options.seed)
+    model = load_model(options.model_name_or_path, options)
+    optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)
+    step, window = load_checkpoint(folder, model, optimizer, scheduler) if options.resume else (0, {})
+    clock, tokens, scores = time.perf_counter(), 0, {}
+    bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}", disable=None)
+    with bar, (folder / "metrics.jsonl").open("a") as log:
+        while step < steps:
+            batch = pairs.select(pairs_of_step(len(pairs), step, options))
+            table = pass_over(model, batch, options, learn=True)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf).item()
+            bad = [i for i, loss in zip(batch["index"], table["loss"]) if not math.isfinite(loss)]
+            if bad or not math.isfinite(norm):   # stop before it reaches the weights
+                raise FloatingPointError(f"step {step + 1}: the {'loss' if bad else 'gradient'} of pair "
+                                         f"{bad or list(batch['index'])} (rows of the data set, from 0) is not finite; "
+                                         f"last good checkpoint: {newest_checkpoint(folder) or 'none'}")
+            rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            tokens += sum(len(ids) for k in ("prompt", "prompt", "chosen", "rejected") for ids in batch[f"{k}_ids"])
+            for name, values in table.items():
+                window.setdefault(name, []).extend(values)
+            bar.set_postfix(loss=f"{math.fsum(table['loss']) / len(batch):.4f}", refresh=False)
+            bar.update()
+            rows, now = [], time.perf_counter()
+            if step % options.logging_steps == 0 or step == steps:
+                rows.append(summarize(window) | {"grad_norm": norm, "learning_rate": rate,
+                                                 "tokens_per_second": tokens / (now - clock)})
+                tokens, window = 0, {}
+            if len(held_out) and (step == steps or (options.eval_steps and step % options.eval_steps == 0)):
+                held_out_table = pass_over(model, held_out, options, learn=False)
+                scores = {f"eval_{name}": value for name, value in summarize(held_out_table).items()}
+                rows.append(scores)
+            log.write("".join(json.dumps({"step": step} | row) + "\n" for row in rows))
+            log.flush()
+            if options.save_steps and step % options.save_steps == 0 and step < steps:
+                save_checkpoint(folder / f"checkpoint-{step}", model, optimizer, scheduler, step, window)
+            clock = time.perf_counter() - (now - clock if tokens else 0)   # evaluating and saving do not count
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record(folder, steps=steps, evaluation=scores, finished=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ 10. main
+def run(options, tokenizer, pairs, counts):
+    """Annotate the pairs with what the loss needs, then train -> {role: directory} of the models involved."""
+    reference, folder = options.ref_model or options.model_name_or_path, Path(options.output_dir)
+    found, facts = {"reference": reference}, {"data": fingerprint(pairs), "pairs": counts}
+    check_models(options, tokenizer, pairs)
+    split_rows(len(pairs), options)   # says now what is wrong with --eval_size
+    if options.loss != "simpo":
+        facts["reference"] = fingerprint(reference)
+        ref_logps = annotate(reference, pairs, options, "annotate: reference")
+        pairs = add_columns(pairs, "ref_logps", ref_logps)
+    if options.loss == "tgdpo" and "chosen_rewards" in pairs.column_names:
+        print("token rewards: the data set's own" + "; --reward_model is not used" * bool(options.reward_model))
+    elif options.loss == "tgdpo":
+        beta = options.reward_beta or options.beta
+        found["reward model"] = options.reward_model or str(folder / "reward_model")
+        if not options.reward_model:
+            print(f"no --reward_model: one is trained first, by DPO on the same pairs, in {found['reward model']}")
+            train(replace(options, loss="dpo", beta=beta, output_dir=found["reward model"]), pairs, tokenizer, facts)
+        facts["reward_model_fingerprint"] = fingerprint(found["reward model"])
+        rm_logps = annotate(found["reward model"], pairs, options, "annotate: reward model")
+        # r̂_t = β [ log π_rm - log π_ref ]: β comes in here, so the cached log-probs serve every β
+        pairs = add_columns(pairs, "rewards", [[[beta * (rm - ref) for rm, ref in zip(*row)] for row in zip(*side)]
+                                               for side in zip(rm_logps, ref_logps)])
+    train(options, pairs, tokenizer, facts)
+    return found | {options.loss: str(folder)}
+
+
+def run_tiny(options):
+    """From nothing to a table: a language model, pairs, a reward model, TGDPO, and what each of them is worth."""
+    folder, rng = Path(options.output_dir), random.Random(options.seed)
+    start, file = folder / "start_model", folder / "pairs.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.dataset:
+        rows = load_rows(options.dataset, options.dataset_split)
+        tokenizer = tiny_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows], options.max_length)
+        pairs, counts = tokenize(rows, tokenizer, options.max_length, options.dataset)
+        train_rows, held_out = split_rows(len(pairs), options)
+        texts = [r["prompt_ids"] + r[side] for r in pairs.select(train_rows) for side in ("chosen_ids", "rejected_ids")]
+        prompts = [ids[-options.max_length + 32:] for ids in pairs.select(held_out)["prompt_ids"]]
+    else:
+        tokenizer = tiny_tokenizer(None, options.max_length)
+        texts = []
+        for noun in rng.choices(NOUNS, k=20000):
+            words = [""]
+            while words[-1] != "<eos>":
+                words.append(rng.choice(tiny_next(words[-1], noun)))
+            texts.append(tokenizer(f"describe the {noun} : {' '.join(words)}").input_ids)
+        prompts = tokenizer([f"describe the {noun} :" for noun in rng.choices(NOUNS, k=TINY_PROMPTS)]).input_ids
+    if not start.exists():
+        tiny_language_model(texts, tokenizer, options, start)
+    if not options.dataset:
+        if not file.exists():
+            tiny_pairs(start, tokenizer, options, file)
+        pairs, counts = tokenize(load_rows(str(file), None), tokenizer, options.max_length, str(file))
+    known = not options.dataset
+    options = replace(options, model_name_or_path=str(start), dataset=options.dataset or str(file))
+    found = run(options, tokenizer, pairs, counts)
+    if known and options.loss == "tgdpo":   # the same with the true token rewards: what a perfect reward model would do
+        truth = [[tiny_rewards(tokenizer.decode(prompt[2]), tokenizer.convert_ids_to_tokens(ids)) for prompt, ids in
+                  zip(pairs["prompt_ids"], pairs[side])] for side in ("chosen_ids", "rejected_ids")]
+        stage = replace(options, output_dir=str(folder / "true_rewards"))
+        found["tgdpo, true r̂"] = run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)["tgdpo"]
+    record(folder, **tiny_report(options, tokenizer, found, prompts, known))
+
+
+def tiny_report(options, tokenizer, found, prompts, known):
+    """Every model's responses to the same prompts: prints a table and a few responses -> what run.json keeps of it."""
+    def interval(values):   # mean and half of its 95 % interval
+        values = torch.tensor(values, dtype=torch.float64)
+        return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
+
+    reference, judge = found["reference"], found.get("reward model", found[options.loss])   # a DPO model is one, too
+    draws, truth, rhat, table = {}, {}, {}, {}
+    for name, path in found.items():
+        draws[name] = sample(path, prompts, options, tokenizer, f"sample: {name}")
+        rows = datasets.Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": draws[name]})
+        logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in {path, reference, judge}}
+        rhat[name] = [[(options.reward_beta or options.beta) * (a - b) for a, b in zip(*row)]
+                      for row in zip(logps[judge], logps[reference])]
+        table[name] = {"KL to reference": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
+                       "length": interval([float(len(ids)) for ids in draws[name]])}
+        if known:
+            nouns, said = [tokenizer.decode(prompt[2]) for prompt in prompts], map(tokenizer.convert_ids_to_tokens, draws[name])
+            truth[name], legal = zip(*[(tiny_rewards(noun, words), tiny_legal(noun, words)) for noun, words in zip(nouns, said)])
+            table[name]["ungrammatical"] = interval([float(not all(row)) for row in legal])
+            table[name]["true reward"] = interval([sum(row) for row in truth[name]])
+            for other in [other for other in ("reference", "reward model") if other in truth]:
+                totals = [(sum(mine), sum(theirs)) for mine, theirs in zip(truth[name], truth[other])]
+                table[name][f"wins against {other}"] = interval([(a > b) + 0.5 * (a == b) for a, b in totals])
+    print(f"\n{len(prompts)} {'fresh' if known else 'held-out'} prompts, means ± half of the 95 % interval")
+    for name, row in table.items():
+        print(f"{name:16}" + "".join(f"  {key} {mean:.2f} ± {half:.2f}" for key, (mean, half) in row.items()))
+    report = {"table": table}
+    if known:   # does r̂ find the tokens that truly matter, in what the reference says?
+        values, worth = [torch.tensor([v for row in rows["reference"] for v in row]) for rows in (rhat, truth)]
+        good, bad = values[worth > 0][:, None], values[worth < 0]
+        report["correlation"] = torch.corrcoef(torch.stack([values, worth]))[0, 1].item()
+        report["AUC"] = ((good > bad).float() + 0.5 * (good == bad)).mean().item()   # P(r̂ good > r̂ bad)
+        print(f"r̂ and the true token rewards: correlation {report['correlation']:.3f}, AUC {report['AUC']:.3f}")
+    print("\nresponses, with the r̂ of their tokens")
+    for k in range(2):
+        for name in found:
+            words = [tokenizer.decode([i]) for i in draws[name][k]]
+            print(f"{name:16}", *map(paint, words, rhat[name][k]), sep=" " if known else "")
+    return report
+
+
+def paint(text, value):
+    """A token on a blue (r̂ > 0) or orange ground; where colours are not wanted, with r̂ behind it if that is large."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return f"{text}[{value:+.1f}]" if abs(value) >= 0.5 else text
+    ground = (((255, 153, 111, 69, 33) if value > 0 else (255, 223, 216, 209, 202)))[min(4, int(2 * abs(value) + 0.5))]
+    return f"\033[38;5;16;48;5;{ground}m{text}\033[0m"
+
+
+def main(argv):
+    """The command line -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off; 130: Ctrl-C."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp says so of a single process
+    try:
+        options = read_options(argv)
+        open_folder(Path(options.output_dir), options)
+        if options.model_name_or_path is None:
+            run_tiny(options)
+        else:
+            rows = load_rows(options.dataset, options.dataset_split)
+            tokenizer = load_tokenizer(options.model_name_or_path)
+            config = AutoConfig.from_pretrained(model_folder(options.model_name_or_path)).get_text_config()
+            length = min(options.max_length, getattr(config, "max_position_embeddings", None) or options.max_length)
+            if length < options.max_length:
+                print(f"--max_length {options.max_length} is lowered to {length}: the model has no more positions")
+            pairs, counts = tokenize(rows, tokenizer, length, options.dataset)
+            run(options, tokenizer, pairs, counts)
+        print(f"done: {options.output_dir}")
+        return 0
+    except InputError as e:
+        print(f"tgdpo.py: error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"tgdpo.py: stopped at {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tgdpo.py: interrupted; the same command with --resume and this --output_dir continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
