@@ -88,7 +88,7 @@ def option(default, text):
 
 @dataclass
 class Options:
-    """Every option. Names follow transformers and TRL where these have one."""
+    """Names follow transformers and TRL where these have one."""
     model_name_or_path: str | None = option(None, "model to train, a hub name or a directory; none: a tiny GPT-2")
     ref_model: str | None = option(None, "reference model; none: the model to train")
     reward_model: str | None = option(None, "model whose log-ratios are the token rewards; none: one is trained by DPO")
@@ -126,9 +126,9 @@ class Options:
 # The tiny mode's own defaults, before file and flags. Measured: README, "What the tiny mode shows".
 TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=3e-4, num_train_epochs=2.0,
             per_device_train_batch_size=32, eval_size=0.1)
+ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and what is reported, not what is learned.
-FREE_ON_RESUME = ("resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps "
-                  "logging_steps").split()
+FREE = "resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps logging_steps".split()
 
 
 def read_options(argv):
@@ -152,17 +152,16 @@ def read_options(argv):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Options)], 1)
         fail(f"unknown option {unknown[0]}; {f'did you mean {near[0]}? ' if near else ''}--help lists all")
-    options = Options(**vars(values))
-    check_options(options)
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if options.device != "auto" and not here[options.device]:
-        fail(f"--device {options.device}: torch {torch.__version__} finds none here; expected auto or cpu")
-    device = next(name for name in here if here[name] and options.device in (name, "auto"))
-    return replace(options, device=device, dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
-                   output_dir=options.output_dir or time.strftime("runs/%Y-%m-%d_%H%M%S"))
+    o = Options(**vars(values))
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    check_options(o, here)
+    o.device = here[0] if o.device == "auto" else o.device
+    o.dtype = o.dtype or ("bfloat16" if o.device == "cuda" else "float32")
+    o.output_dir = o.output_dir or time.strftime("runs/%Y-%m-%d_%H%M%S")
+    return o
 
 
-def check_options(o):
+def check_options(o, devices):
     """Raise InputError for the first value that makes no sense."""
     def need(name, good, expected):
         if not good:
@@ -170,13 +169,14 @@ def check_options(o):
     for name, value in vars(o).items():
         if isinstance(value, (int, float)) and name not in ("gamma", "max_steps"):
             need(name, 0 <= value < math.inf, "a number, 0 or above")
-            if name not in "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split():
+            if name not in ZERO_IS_FINE:
                 need(name, value > 0 or isinstance(value, bool), "a number above 0")
     need("gamma", math.isfinite(o.gamma), "a number")
     need("warmup_ratio", o.warmup_ratio <= 1, "at most 1")
     need("max_length", o.max_length >= 2, "at least 2")
     need("max_steps", o.max_steps == -1 or o.max_steps > 0, "-1 or a number above 0")
     need("eval_size", o.eval_size < 1 or o.eval_size == int(o.eval_size), "a share below 1 or a whole number")
+    need("device", o.device in ["auto", *devices], f"auto or {' or '.join(devices)}, which is what torch finds here")
     need("dataset", o.dataset or not o.model_name_or_path, "preference pairs for --model_name_or_path")
     need("output_dir", o.output_dir or not o.resume, "the directory of the run that --resume shall continue")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -439,13 +439,14 @@ def truncate(prompt_ids, response_ids, max_length, bos):
 
 def read_rewards(row, response_ids, index):
     """The token rewards that a row brings itself, as {column: values}, checked against its tokens."""
-    rewards = {f"{side}_rewards": row.get(f"{side}_rewards") for side in ("chosen", "rejected")}
+    rewards = {name: row.get(name) for name in ("chosen_rewards", "rejected_rewards")}
     for (name, values), ids in zip(rewards.items(), response_ids):
-        if not isinstance(values, list) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-            raise InputError(f"row {index}: {name} must be a list of finite numbers, one for each response token")
-        if len(values) != len(ids):
-            raise InputError(f"row {index}: {name} has {len(values)} values; expected {len(ids)}, one for each token "
-                             "of the response, its end token included")
+        if not isinstance(values, list) or len(values) != len(ids):
+            found = f"{len(values)} values" if isinstance(values, list) else "no list"
+            raise InputError(f"row {index}: {name} has {found}; expected {len(ids)} numbers, one for each token of the "
+                             "response, its end token included")
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise InputError(f"row {index}: {name} has a value that is no finite number")
     return rewards
 
 
@@ -509,9 +510,8 @@ def tiny_rewards(noun, words):
     "not", so that the same word earns more or less by its context; -1 for a word against the grammar; else 0."""
     rewards = []
     for two_before, before, word, legal in zip(["", "", *words], ["", *words], words, tiny_legal(noun, words)):
-        negated = before == "not" or (before == "very" and two_before == "not")
-        worth = ((word in GOOD) - (word in BAD)) * (2 if before == "very" else 1) * (-1 if negated else 1)
-        rewards.append(float(worth) if legal else -1.0)
+        sign = -1 if "not" in (before, before == "very" and two_before) else 1
+        rewards.append(float(((word in GOOD) - (word in BAD)) * sign * (1 + (before == "very"))) if legal else -1.0)
     return rewards
 
 
@@ -528,14 +528,11 @@ def tiny_tokenizer(texts, max_length):
         core.train_from_iterator(texts, trainers.BpeTrainer(
             vocab_size=4096, special_tokens=special, show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
-        additional_special_tokens=special[3:], model_max_length=max_length)
-    if texts is not None:
-        tokenizer.chat_template = (
-            "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    return tokenizer
+    template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", model_max_length=max_length,
+        additional_special_tokens=special[3:], chat_template=template if texts is not None else None)
 
 
 def tiny_language_model(sequences, tokenizer, options, folder):
@@ -569,14 +566,14 @@ def sample(path, prompts, options, tokenizer, title):
     """A response to each prompt, drawn from a model at temperature 1: lists of prompt ids -> lists of response ids."""
     torch.manual_seed(options.seed)
     model = load_model(path, options).eval()
-    ids_of = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    settings = transformers.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=32, **ids_of)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    settings = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True, top_k=0,
+                                             max_new_tokens=32)
     responses = []
     for start in tqdm(range(0, len(prompts), 256), desc=title, disable=None):
         batch = tokenizer.pad({"input_ids": prompts[start:start + 256]}, padding_side="left", return_tensors="pt")
         drawn = model.generate(**batch.to(model.device), generation_config=settings)[:, batch["input_ids"].shape[1]:]
-        for ids in drawn.tolist():
-            responses.append(ids[:ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids)
+        responses += [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
     return responses
 
 
@@ -708,7 +705,7 @@ def open_run(folder, options, facts):
     if options.resume and (folder / "run.json").exists():
         run = json.loads((folder / "run.json").read_text())
         theirs = run["options"] | run
-        for name in [name for name in mine if name not in FREE_ON_RESUME and theirs.get(name) != mine[name]]:
+        for name in [name for name in mine if name not in FREE and theirs.get(name) != mine[name]]:
             raise InputError(f"--resume: {name} was {theirs.get(name)} in {folder} and is {mine[name]} now; resume "
                              "with what the run began with, or begin another in a new --output_dir")
         return run["finished"]
@@ -935,12 +932,13 @@ def run(options, tokenizer, pairs, counts):
         print("token rewards: the data set's own" + "; --reward_model is not used" * bool(options.reward_model))
     elif options.loss == "tgdpo":
         beta = options.reward_beta or options.beta
-        found["reward model"] = options.reward_model or str(folder / "reward_model")
+        judge = options.reward_model or str(folder / "reward_model")
+        found["reward model" if options.reward_model else "dpo"] = judge
         if not options.reward_model:
-            print(f"no --reward_model: one is trained first, by DPO on the same pairs, in {found['reward model']}")
-            train(replace(options, loss="dpo", beta=beta, output_dir=found["reward model"]), pairs, tokenizer, facts)
-        facts["reward_model_fingerprint"] = fingerprint(found["reward model"])
-        rm_logps = annotate(found["reward model"], pairs, options, "annotate: reward model")
+            print(f"no --reward_model: one is trained first, by DPO on the same pairs, in {judge}")
+            train(replace(options, loss="dpo", beta=beta, output_dir=judge), pairs, tokenizer, facts)
+        facts["reward_model_fingerprint"] = fingerprint(judge)
+        rm_logps = annotate(judge, pairs, options, "annotate: reward model")
         # r̂_t = β [ log π_rm - log π_ref ]: β comes in here, so the cached log-probs serve every β
         pairs = add_columns(pairs, "rewards", [[[beta * (rm - ref) for rm, ref in zip(*row)] for row in zip(*side)]
                                                for side in zip(rm_logps, ref_logps)])
@@ -992,7 +990,8 @@ def tiny_report(options, tokenizer, found, prompts, known):
         values = torch.tensor(values, dtype=torch.float64)
         return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
 
-    reference, judge = found["reference"], found.get("reward model", found[options.loss])   # a DPO model is one, too
+    reference = found["reference"]
+    judge = found.get("reward model", found.get("dpo", found[options.loss]))   # whose r̂ is shown
     draws, truth, rhat, table = {}, {}, {}, {}
     for name, path in found.items():
         draws[name] = sample(path, prompts, options, tokenizer, f"sample: {name}")
@@ -1003,11 +1002,12 @@ def tiny_report(options, tokenizer, found, prompts, known):
         table[name] = {"KL to reference": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
                        "length": interval([float(len(ids)) for ids in draws[name]])}
         if known:
-            nouns, said = [tokenizer.decode(prompt[2]) for prompt in prompts], map(tokenizer.convert_ids_to_tokens, draws[name])
-            truth[name], legal = zip(*[(tiny_rewards(noun, words), tiny_legal(noun, words)) for noun, words in zip(nouns, said)])
-            table[name]["ungrammatical"] = interval([float(not all(row)) for row in legal])
+            words = map(tokenizer.convert_ids_to_tokens, draws[name])
+            said = list(zip([tokenizer.decode(prompt[2]) for prompt in prompts], words))
+            truth[name] = [tiny_rewards(noun, words) for noun, words in said]
+            table[name]["ungrammatical"] = interval([float(not all(tiny_legal(noun, words))) for noun, words in said])
             table[name]["true reward"] = interval([sum(row) for row in truth[name]])
-            for other in [other for other in ("reference", "reward model") if other in truth]:
+            for other in [other for other in ("reference", "dpo", "reward model") if other in truth]:
                 totals = [(sum(mine), sum(theirs)) for mine, theirs in zip(truth[name], truth[other])]
                 table[name][f"wins against {other}"] = interval([(a > b) + 0.5 * (a == b) for a, b in totals])
     print(f"\n{len(prompts)} {'fresh' if known else 'held-out'} prompts, means ± half of the 95 % interval")

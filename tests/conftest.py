@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")   # a test that asks the hub for something must fail at once, not wait
+os.environ["OMP_NUM_THREADS"] = "1"   # small models; on a busy machine two threads wait for each other
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
@@ -22,7 +23,7 @@ WORDS = "red green blue one two three cat dog sun moon yes no . ? , user assista
 
 @pytest.fixture(scope="session", autouse=True)
 def threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
 
 

@@ -228,7 +228,7 @@ def test_token_rewards_of_the_data_set_are_checked_against_the_tokens():
     pairs, _ = tgdpo.tokenize([row], word_tokenizer(), 3, "test")   # cut with the tokens
     assert pairs[0]["chosen_ids"] == ids("yes .") and pairs[0]["chosen_rewards"] == [0.5, 1.0]
     for bad, message in [(dict(chosen_rewards=[1.0]), "row 0: chosen_rewards has 1 values; expected 3"),
-                         (dict(rejected_rewards=None), "row 0: rejected_rewards must be a list"),
+                         (dict(rejected_rewards=None), "row 0: rejected_rewards has no list; expected 2"),
                          (dict(chosen_rewards=[1.0, 2.0, float("nan")]), "finite")]:
         with pytest.raises(tgdpo.InputError, match=message):
             tgdpo.tokenize([row | bad], word_tokenizer(), 64, "test")

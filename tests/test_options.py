@@ -40,7 +40,7 @@ def test_a_file_of_options_and_flags_that_override_it(tmp_path, name, text):
     (["--max_steps", "0"], "-1 or a number above 0"), (["--eval_size", "1.5"], "a share below 1 or a whole number"),
     (["--logging_steps", "0"], "above 0"), (["--guidance_floor", "0"], "above 0"), (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--model_name_or_path", "m"], "--dataset is None; expected preference pairs"), (["--resume"], "--output_dir is None; expected"),
-    (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be read"), (["--device", "cuda"], "finds none here")])
+    (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be read"), (["--device", "cuda"], "--device is cuda; expected auto or cpu")])
 def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
     if argv == ["--device", "cuda"] and tgdpo.torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -87,7 +87,7 @@ def test_the_tiny_mode_from_nothing_to_a_table(small, tmp_path, capsys):
     assert tgdpo.main(argv) == 0
     out = tmp_path / "out"
     run = json.loads((out / "run.json").read_text())
-    assert list(run["table"]) == ["reference", "reward model", "tgdpo", "tgdpo, true r̂"]
+    assert list(run["table"]) == ["reference", "dpo", "tgdpo", "tgdpo, true r̂"]
     for row in run["table"].values():
         assert set(row) >= {"KL to reference", "length", "ungrammatical", "true reward", "wins against reference"}
     assert run["table"]["reference"]["KL to reference"] == [0.0, 0.0]
