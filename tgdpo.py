@@ -128,7 +128,7 @@ TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=3e-4, num_train_
             per_device_train_batch_size=32, eval_size=0.1)
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and what is reported, not what is learned.
-FREE = "resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps logging_steps".split()
+MAY_CHANGE = "resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps logging_steps".split()
 
 
 def read_options(argv):
@@ -612,6 +612,10 @@ def load_model(name, options):
     """A causal language model from safetensors, its weights in float32, ready for token_logps."""
     with reading(f"model {name}"):
         model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32, use_safetensors=True)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:   # a temperature without sampling, say: published so, but save_pretrained would refuse it
+        model.generation_config.do_sample = True
     return prepare_model(model, options)
 
 
@@ -705,7 +709,7 @@ def open_run(folder, options, facts):
     if options.resume and (folder / "run.json").exists():
         run = json.loads((folder / "run.json").read_text())
         theirs = run["options"] | run
-        for name in [name for name in mine if name not in FREE and theirs.get(name) != mine[name]]:
+        for name in [name for name in mine if name not in MAY_CHANGE and theirs.get(name) != mine[name]]:
             raise InputError(f"--resume: {name} was {theirs.get(name)} in {folder} and is {mine[name]} now; resume "
                              "with what the run began with, or begin another in a new --output_dir")
         return run["finished"]
@@ -957,7 +961,7 @@ def run_tiny(options):
         pairs, counts = tokenize(rows, tokenizer, options.max_length, options.dataset)
         train_rows, held_out = split_rows(len(pairs), options)
         texts = [r["prompt_ids"] + r[side] for r in pairs.select(train_rows) for side in ("chosen_ids", "rejected_ids")]
-        prompts = [ids[-options.max_length + 32:] for ids in pairs.select(held_out)["prompt_ids"]]
+        prompts = [ids[32 - options.max_length:] for ids in pairs.select(held_out or train_rows)["prompt_ids"]]
     else:
         tokenizer = tiny_tokenizer(None, options.max_length)
         texts = []
@@ -988,7 +992,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
     """Every model's responses to the same prompts: prints a table and a few responses -> what run.json keeps of it."""
     def interval(values):   # mean and half of its 95 % interval
         values = torch.tensor(values, dtype=torch.float64)
-        return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
+        return values.mean().item(), 1.96 * values.std(correction=0).item() / len(values) ** 0.5
 
     reference = found["reference"]
     judge = found.get("reward model", found.get("dpo", found[options.loss]))   # whose r̂ is shown

@@ -107,7 +107,7 @@ def test_the_tiny_mode_on_real_pairs(small, real_pairs, tmp_path, capsys):
     rows = json.loads(real_pairs.read_text())[:60]
     (tmp_path / "some.json").write_text(json.dumps(rows))
     assert tgdpo.main([f"--dataset={tmp_path / 'some.json'}", f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}",
-                       "--num_train_epochs=1", "--max_length=96"]) == 0
+                       "--num_train_epochs=1", "--max_length=96", "--eval_size=1"]) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(run["table"]["tgdpo"]) == {"KL to reference", "length"} and run["evaluation"]["eval_loss"] > 0
     tokenizer = tgdpo.load_tokenizer(str(tmp_path / "out"))
