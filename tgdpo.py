@@ -46,6 +46,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +78,7 @@ def reading(what):
     except InputError:
         raise
     except Exception as e:   # yaml, pyarrow, the hub client and transformers raise dozens of kinds
-        raise InputError(f"{what} cannot be read: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}") from e
+        raise InputError(f"{what} cannot be used: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}") from e
 
 
 # ---------------------------------------------------------------------------------------------------- 2. the options
@@ -97,7 +98,7 @@ class Options:
     loss: Literal["tgdpo", "dpo", "simpo"] = option("tgdpo", "the loss")
     beta: float = option(0.1, "strength of the pull towards the reference; SimPO: scale of the mean log-prob")
     alpha: float = option(0.5, "TGDPO: weight of the token rewards in f = 1 +- alpha rhat; 0 is DPO")
-    reward_beta: float | None = option(None, "the beta inside rhat; none: beta")
+    reward_beta: float | None = option(None, "the beta inside rhat, and of a reward model trained here; none: beta")
     gamma: float = option(0.5, "SimPO: target margin")
     guidance_floor: float | None = option(None, "TGDPO: smallest value that f may take; none: f is not bounded")
     max_length: int = option(2048, "tokens of prompt and response; a longer prompt loses its left end")
@@ -124,8 +125,9 @@ class Options:
 
 
 # The tiny mode's own defaults, before file and flags. Measured: README, "What the tiny mode shows".
-TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=3e-4, num_train_epochs=2.0,
+TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=1e-3, num_train_epochs=2.0,
             per_device_train_batch_size=32, eval_size=0.1)
+NEW_TOKENS = 32   # the longest response that the tiny mode draws
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and what is reported, not what is learned.
 MAY_CHANGE = "resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps logging_steps".split()
@@ -141,18 +143,23 @@ def read_options(argv):
         raise InputError(message)   # argparse itself would print two lines
     parser.error = fail
     if argv and not argv[0].startswith("-"):
+        if not argv[0].endswith((".yaml", ".yml", ".json")):
+            fail(f"{argv[0]}: expected a flag or a .yaml or .json file of options; data goes behind --dataset")
         with reading(f"{argv[0]}, taken for a file of options,"):
             values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))   # JSON is YAML
         if not isinstance(values, dict) or any(isinstance(value, (dict, list)) for value in values.values()):
             fail(f"{argv[0]}: expected a file that maps option names to values, one a line, such as 'beta: 0.1'")
         argv = [f"--{key}={value}" for key, value in values.items() if value is not None] + argv[1:]
-    if not any(arg.split("=")[0] == "--model_name_or_path" for arg in argv):
+    if not any(arg.split("=")[0].replace("-", "_") == "__model_name_or_path" for arg in argv):
         parser.set_defaults(**TINY)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Options)], 1)
-        fail(f"unknown option {unknown[0]}; {f'did you mean {near[0]}? ' if near else ''}--help lists all")
+        fail(f"unknown option {unknown[0]}; {f'did you mean {near[0]}? ' if near else ''}--help lists all"
+             + "; a file of options goes first" * (not unknown[0].startswith("-")))
     o = Options(**vars(values))
+    for name in ("model_name_or_path", "ref_model", "reward_model", "dataset", "output_dir", "cache_dir"):
+        setattr(o, name, getattr(o, name) and os.path.expanduser(getattr(o, name)))   # in a file no shell does it
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     check_options(o, here)
     o.device = here[0] if o.device == "auto" else o.device
@@ -173,8 +180,11 @@ def check_options(o, devices):
                 need(name, value > 0 or isinstance(value, bool), "a number above 0")
     need("gamma", math.isfinite(o.gamma), "a number")
     need("warmup_ratio", o.warmup_ratio <= 1, "at most 1")
-    need("max_length", o.max_length >= 2, "at least 2")
+    need("max_length", o.max_length >= (2 if o.model_name_or_path else 2 * NEW_TOKENS),
+         f"at least 2, and {2 * NEW_TOKENS} without --model_name_or_path")
     need("max_steps", o.max_steps == -1 or o.max_steps > 0, "-1 or a number above 0")
+    need("eval_steps", o.eval_steps is None or o.eval_size, "an --eval_size, too")
+    need("seed", o.seed < 2**32, "below 2**32")
     need("eval_size", o.eval_size < 1 or o.eval_size == int(o.eval_size), "a share below 1 or a whole number")
     need("device", o.device in ["auto", *devices], f"auto or {' or '.join(devices)}, which is what torch finds here")
     need("dataset", o.dataset or not o.model_name_or_path, "preference pairs for --model_name_or_path")
@@ -277,13 +287,13 @@ def token_logps(model, input_ids, response_mask, dtype="float32"):
     computes them again, so memory does not grow with tokens times vocabulary. Log-softmax is in float32.
     """
     def logps_of(hidden, labels):
-        return -F.cross_entropy(head_logits(model, hidden, type(body)).float(), labels, reduction="none")
+        return -F.cross_entropy(head_logits(model, hidden, type(output)).float(), labels, reduction="none")
 
     with torch.autocast(input_ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        body = model.get_decoder()(input_ids=input_ids, use_cache=False)
+        output = model.get_decoder()(input_ids=input_ids, use_cache=False)
         # The one shift: the state at position t predicts the token at t + 1.
         predicted = response_mask[:, 1:]                                                # (N, T-1)
-        hidden = body.last_hidden_state[:, :-1][predicted]                              # (M, H)
+        hidden = output.last_hidden_state[:, :-1][predicted]                              # (M, H)
         labels = input_ids[:, 1:][predicted]                                            # (M,)
         size = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
         if len(labels) <= size:
@@ -304,7 +314,7 @@ FORMATS = ("chosen and rejected (text or messages) beside prompt, instruction or
            "in chosen and rejected")
 ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}   # other names -> ours
 # Some chat templates ask for today's date, which would change tokens and caches every day: here it stands still.
-FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
 
 
 def load_rows(name, split):
@@ -330,7 +340,9 @@ def read_messages(value):
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Unusable("a field is missing" if value is None else "a field is neither text nor messages")
-    pairs = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in value]
+    def first(message, *names):   # parquet fills the fields that a row lacks with None
+        return next((message[name] for name in names if message.get(name) is not None), None)
+    pairs = [(first(m, "role", "from"), first(m, "content", "value")) for m in value]
     if not all(isinstance(part, str) for pair in pairs for part in pair):
         raise Unusable("a message without a role or without text")
     return [{"role": ROLES.get(role, role), "content": content} for role, content in pairs]
@@ -359,8 +371,11 @@ def read_pair(row, chat):
     """
     if not isinstance(row, dict):
         raise Unusable("a row is no object")
-    if isinstance(row.get("instruction"), str) and row.get("prompt") is None:
-        texts = [text for turn in row.get("history") or [] for text in turn]
+    if isinstance(row.get("instruction"), str) and not row.get("prompt"):
+        history = row.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(turn, list) for turn in history):
+            raise Unusable("a history that is no list of pairs")
+        texts = [text for turn in history for text in turn]
         texts.append(row["instruction"] + (f"\n{row['input']}" if row.get("input") else ""))
         turns = read_messages([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
     elif isinstance(row.get("prompt"), str):
@@ -371,20 +386,23 @@ def read_pair(row, chat):
     rejected_before, rejected = read_response(row.get("rejected"), chat)
     if before != rejected_before:
         raise Unusable("chosen and rejected differ before their last message")
-    if before:   # whole conversations; they usually repeat the prompt
-        turns = before if all(turn in before for turn in turns) else turns + before
+    if "user" in [turn["role"] for turn in before]:   # whole conversations; they repeat the prompt
+        repeated = isinstance(row.get("prompt"), str) or all(turn in before for turn in turns)
+        turns = before if repeated else turns + before
     if row.get("system") and isinstance(row["system"], str) and "system" not in [turn["role"] for turn in turns]:
         turns = [{"role": "system", "content": row["system"]}] + turns
     if not turns or not chosen.strip() or not rejected.strip():
         raise Unusable("an empty response" if turns else "no prompt")
+    if re.search("[\ud800-\udfff]", "".join([chosen, rejected] + [turn["content"] for turn in turns])):
+        raise Unusable("a text with half a character")   # a lone surrogate, which no tokenizer takes
     return turns, chosen, rejected
 
 
 def render(tokenizer, turns, responses):
     """(messages, responses) -> (prompt text, response texts with their end tokens), as the chat template has it."""
     def apply(turns, **kwargs):
+        template = FIXED_DATE + tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template, **kwargs)
-    template = FIXED_DATE + tokenizer.get_chat_template()
     try:
         try:
             prompt = apply(turns, add_generation_prompt=True)
@@ -393,10 +411,10 @@ def render(tokenizer, turns, responses):
                 raise
             turns = [{**turns[1], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}] + turns[2:]
             prompt = apply(turns, add_generation_prompt=True)
-        full = [apply(turns + [{"role": "assistant", "content": response}]) for response in responses]
-    except jinja2.TemplateError as e:
+        asked, full = apply(turns), [apply(turns + [{"role": "assistant", "content": text}]) for text in responses]
+    except Exception as e:   # a template is a program: it may raise anything
         raise Unusable(f"the chat template refuses it: {e}") from e
-    asked, prompt = apply(turns), os.path.commonprefix([prompt, *full])   # some write more before an answer to come
+    prompt = os.path.commonprefix([prompt, *full])   # some templates write more before an answer that is to come
     if not prompt.startswith(asked):
         raise Unusable("the chat template writes the prompt differently once it is answered")
     return prompt, [text[len(prompt):] for text in full]
@@ -407,18 +425,22 @@ def encode(tokenizer, turns, responses):
     def ids(text):
         return tokenizer(text, add_special_tokens=False).input_ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     prompt = "\n".join(turn["content"] for turn in turns)
-    chat = tokenizer.chat_template is not None and not prompt.startswith(ends)   # such a prompt is formatted already
-    if chat:
-        responses = [text.removesuffix(tokenizer.eos_token or "") for text in responses]
+    chat = tokenizer.chat_template is not None
+    if chat and len(turns) == 1:   # a text that begins as the template's own do is formatted already
+        own = [text for text in special if text in str(tokenizer.chat_template) or text == tokenizer.bos_token]
+        chat = not prompt.startswith(tuple(own))
+    if chat:   # the template itself writes the end token
+        end = re.escape(tokenizer.eos_token or "") + r"\s*$"
+        responses = [re.sub(end, "", text) if tokenizer.eos_token else text for text in responses]
         prompt, responses = render(tokenizer, turns, responses)
     prompt_ids, response_ids = ids(prompt), []
     for text in responses:
         # Together where that leaves the prompt's tokens alone, as they are when the model generates; else apart.
         both = ids(prompt + text)
         response_ids.append(both[len(prompt_ids):] if both[:len(prompt_ids)] == prompt_ids else ids(text))
-        if eos is not None and not text.rstrip().endswith(ends):
+        if eos is not None and not text.rstrip().endswith(special):
             response_ids[-1].append(eos)
     if not prompt_ids or (not chat and prompt_ids[0] != bos and tokenizer("a").input_ids[0] == bos):
         first = bos if bos is not None else eos   # something must come before the first response token
@@ -439,14 +461,17 @@ def truncate(prompt_ids, response_ids, max_length, bos):
 
 def read_rewards(row, response_ids, index):
     """The token rewards that a row brings itself, as {column: values}, checked against its tokens."""
-    rewards = {name: row.get(name) for name in ("chosen_rewards", "rejected_rewards")}
-    for (name, values), ids in zip(rewards.items(), response_ids):
-        if not isinstance(values, list) or len(values) != len(ids):
-            found = f"{len(values)} values" if isinstance(values, list) else "no list"
-            raise InputError(f"row {index}: {name} has {found}; expected {len(ids)} numbers, one for each token of the "
-                             "response, its end token included")
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            raise InputError(f"row {index}: {name} has a value that is no finite number")
+    rewards = {}
+    for name, ids in zip(("chosen_rewards", "rejected_rewards"), response_ids):
+        try:
+            values = torch.tensor(row.get(name), dtype=torch.float32)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            values = torch.tensor(math.nan)
+        if values.ndim != 1 or not values.isfinite().all() or len(values) != len(ids):
+            found = f"{len(values)} values" if values.ndim == 1 else "no list of numbers"
+            raise InputError(f"row {index}: {name} has {found}; expected {len(ids)} finite numbers, one for each token "
+                             "of the response, its end token included")
+        rewards[name] = values.tolist()
     return rewards
 
 
@@ -555,10 +580,7 @@ def tiny_language_model(sequences, tokenizer, options, folder):
         scheduler.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    beside = folder.with_name(folder.name + ".saving")
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(folder)
+    save_model(model, tokenizer, folder)
 
 
 @torch.no_grad()
@@ -568,7 +590,7 @@ def sample(path, prompts, options, tokenizer, title):
     model = load_model(path, options).eval()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     settings = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True, top_k=0,
-                                             max_new_tokens=32)
+                                             max_new_tokens=NEW_TOKENS)
     responses = []
     for start in tqdm(range(0, len(prompts), 256), desc=title, disable=None):
         batch = tokenizer.pad({"input_ids": prompts[start:start + 256]}, padding_side="left", return_tensors="pt")
@@ -605,13 +627,23 @@ def model_folder(name):
 def load_tokenizer(name):
     """The tokenizer of a model."""
     with reading(f"the tokenizer of model {name}"):
-        return AutoTokenizer.from_pretrained(model_folder(name))
+        return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+
+
+def load_config(name):
+    """The configuration of a model's text part."""
+    with reading(f"the configuration of model {name}"):
+        return AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False).get_text_config()
 
 
 def load_model(name, options):
     """A causal language model from safetensors, its weights in float32, ready for token_logps."""
     with reading(f"model {name}"):
-        model = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32, use_safetensors=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_folder(name), dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):   # transformers would go on with random ones
+        raise InputError(f"model {name} lacks the weights {missing[:3]}; expected a causal language model")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:   # a temperature without sampling, say: published so, but save_pretrained would refuse it
@@ -631,15 +663,15 @@ def prepare_model(model, options):
     return model.to(options.device).train()
 
 
-def check_models(options, tokenizer, pairs):
+def check_models(names, tokenizer, pairs):
     """Two models' log-probs compare only token by token: every token of the pairs must mean the same to all models."""
     used = sorted({i for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in pairs[name] for i in ids})
-    for other in {options.ref_model, options.reward_model} - {None, options.model_name_or_path}:
-        theirs = load_tokenizer(other).get_vocab()
+    for name in names:
+        theirs, size = load_tokenizer(name).get_vocab(), load_config(name).vocab_size
         for i, token in zip(used, tokenizer.convert_ids_to_tokens(used)):
-            if theirs.get(token) != i:
-                raise InputError(f"model {other} has another vocabulary than the model to train: {token!r} is token "
-                                 f"{theirs.get(token)} there and {i} here; expected a model of the same family")
+            if theirs.get(token) != i or i >= size:
+                raise InputError(f"model {name} has another vocabulary than the tokenized pairs: {token!r} is {i} "
+                                 f"here and {theirs.get(token)} there, of {size}; expected a model of the same family")
 
 
 def write(file, text):
@@ -653,6 +685,17 @@ def record(folder, **values):
     """Set values in folder/run.json."""
     file = folder / "run.json"
     write(file, json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values, indent=1) + "\n")
+
+
+def save_model(model, tokenizer, folder):
+    """Write a Hugging Face directory: beside, then moved in; config.json comes last and marks it complete."""
+    beside = folder / "model.saving"
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(folder / file.name)
+    beside.rmdir()
 
 
 def training_state(model, optimizer, scheduler, step, window):
@@ -673,7 +716,7 @@ def save_checkpoint(folder, *state):
 
 def newest_checkpoint(folder):
     """The complete checkpoint of the largest step in a run's folder, or None."""
-    complete = [path for path in folder.glob("checkpoint-*") if path.suffix != ".saving"]
+    complete = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
@@ -682,7 +725,8 @@ def load_checkpoint(folder, model, optimizer, scheduler):
     path, trainer = newest_checkpoint(folder), {"step": 0, "window": {}}
     if path is not None:
         state = training_state(model, optimizer, scheduler, **trainer)
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        with reading(f"{path}"):
+            dcp.load(state, checkpoint_id=path, no_dist=True)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         torch.set_rng_state(state["rng"])
         trainer = json.loads(state["trainer"])
@@ -699,7 +743,7 @@ def open_folder(folder, options):
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name] * folder.exists()
     if found and not options.resume:
         raise InputError(f"--output_dir {folder} is not empty; give a new one, or --resume to continue the run in it")
-    if found and not {"run.json", "start_model", "reward_model"} & set(found):
+    if found and not {"run.json", "start_model", "reward_model"} & set(found):   # a run begins with one of these
         raise InputError(f"--resume: {folder} holds no run of tgdpo.py but {', '.join(found[:5])}")
 
 
@@ -714,28 +758,38 @@ def open_run(folder, options, facts):
                              "with what the run began with, or begin another in a new --output_dir")
         return run["finished"]
     folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True)
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True).stdout.decode().strip() if shutil.which("git") else ""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     record(folder, options=asdict(options), **facts, versions={"python": sys.version.split()[0]} | versions,
-           git_commit=git.stdout.decode().strip(), finished=False)
+           git_commit=commit, finished=False)
     return False
 
 
 # -------------------------------------------------------------------------------------- 9. annotate, train, evaluate
-def fingerprint(thing):
-    """Of a model, by its name: its configuration and weights; of pairs: their tokens and token rewards. By content."""
+@lru_cache
+def file_digest(path, size, mtime_ns):
+    """Of a file's content; the last two arguments only let the cache notice a change."""
     sha = hashlib.sha256()
-    if isinstance(thing, datasets.Dataset):
-        names = [name for name in thing.column_names if name.endswith(("_ids", "_rewards"))]
-        for row in thing.select_columns(names).with_format("numpy"):
-            for name in names:
-                sha.update(f"{name} {len(row[name])} ".encode() + row[name].tobytes())
-        return sha.hexdigest()[:32]
-    folder = model_folder(thing)
-    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
-        with reading(f"model {thing}"), file.open("rb") as stream:
-            while block := stream.read(2**24):
-                sha.update(block)
+    with reading(path), open(path, "rb") as stream:
+        while block := stream.read(2**24):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def model_fingerprint(name):
+    """Of a model's content: its configuration and its weights."""
+    folder = model_folder(name)
+    files = sorted(folder.glob("*.safetensors")) + [file for file in [folder / "config.json"] if file.exists()]
+    digests = [file_digest(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+
+
+def pairs_fingerprint(pairs):
+    """Of the pairs' tokens, and of the token rewards among their columns."""
+    names, sha = [name for name in pairs.column_names if name.endswith(("_ids", "_rewards"))], hashlib.sha256()
+    for row in pairs.select_columns(names):
+        sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]
 
 
@@ -755,6 +809,8 @@ def token_columns(name, pairs, options, title):
         for column, side, values in zip(columns, sides, (logps[:len(indices)], logps[len(indices):])):
             for i, padded, ids in zip(indices, values, rows[side]):
                 column[i] = padded[:len(ids)]
+                if not math.isfinite(sum(padded)):
+                    raise FloatingPointError(f"{title}: a log-prob of model {name} for pair {i} is not finite")
     return columns
 
 
@@ -764,7 +820,7 @@ def annotate(name, pairs, options, title):
     What is kept are raw log-probs, without any beta: no option of the loss can make them stale.
     """
     pairs = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    store = Path(options.cache_dir).expanduser() / f"{fingerprint(name)}-{fingerprint(pairs)}-{options.dtype}-1"
+    store = Path(options.cache_dir) / f"{model_fingerprint(name)}-{pairs_fingerprint(pairs)}-{options.dtype}"
     if store.is_dir():
         print(f"{title}: log-probs from the cache, {store}")
         saved = datasets.load_from_disk(str(store))
@@ -799,7 +855,8 @@ def forward(model, batch, options):
         alpha = options.alpha if options.loss == "tgdpo" else 0.0                                       # α = 0 is DPO
         rewards = batch["rewards"] if options.loss == "tgdpo" else torch.zeros_like(logps)              # r̂, (N, R)
         losses, chosen, rejected = tgdpo_loss(chosen_logps, rejected_logps, *batch["ref_logps"].chunk(2),
-                                              *rewards.chunk(2), options.beta, alpha, options.guidance_floor)
+                                              *rewards.chunk(2), options.beta, alpha,
+                                              options.guidance_floor if options.loss == "tgdpo" else None)
     metrics = {"loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
                "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
                "logps/chosen": chosen_logps.detach().sum(-1), "logps/rejected": rejected_logps.detach().sum(-1)}
@@ -843,9 +900,10 @@ def summarize(table):
 
 def split_rows(n, options):
     """Seeded split of n pairs by --eval_size -> (rows to train on, rows held out), both in data order."""
-    held = round(options.eval_size * n) if options.eval_size < 1 else int(options.eval_size)
-    if options.eval_size and not 0 < held < n:
-        raise InputError(f"--eval_size {options.eval_size:g} would hold out {held} of {n} pairs; expected 1 to {n - 1}")
+    size = options.eval_size
+    held = int(size) if size >= 1 or not size else max(1, round(size * n))
+    if held >= n:
+        raise InputError(f"--eval_size {size:g} would hold out {held} of {n} usable pairs and leave none to train on")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed)).tolist()
     return sorted(order[held:]), sorted(order[:held])
 
@@ -865,7 +923,7 @@ def make_optimizer(model, n, options):
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     epoch = math.ceil(n / (options.per_device_train_batch_size * options.gradient_accumulation_steps))
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * epoch)
-    warmup = math.ceil(options.warmup_ratio * steps)
+    warmup = min(math.ceil(options.warmup_ratio * steps), steps - 1)   # else a run of one step would learn nothing
     return optimizer, get_scheduler(options.lr_scheduler_type, optimizer, warmup, steps), steps
 
 
@@ -873,66 +931,76 @@ def train(options, pairs, tokenizer, facts):
     """Train options.model_name_or_path on annotated pairs. Everything goes into options.output_dir: the model, its
     tokenizer, metrics.jsonl, checkpoints and run.json (README, "What a run leaves behind")."""
     folder = Path(options.output_dir)
-    if open_run(folder, options, {"model": fingerprint(options.model_name_or_path)} | facts):
+    if open_run(folder, options, {"model": model_fingerprint(options.model_name_or_path)} | facts):
         return print(f"{folder}: finished already")
     pairs, held_out = [pairs.select(rows) for rows in split_rows(len(pairs), options)]
     torch.manual_seed(options.seed)
     model = load_model(options.model_name_or_path, options)
     optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)
     step, window = load_checkpoint(folder, model, optimizer, scheduler) if options.resume else (0, {})
-    clock, tokens, scores = time.perf_counter(), 0, {}
+    seconds, tokens, scores = 0.0, 0, {}
     bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}", disable=None)
     with bar, (folder / "metrics.jsonl").open("a") as log:
         while step < steps:
-            batch = pairs.select(pairs_of_step(len(pairs), step, options))
+            began, batch = time.perf_counter(), pairs.select(pairs_of_step(len(pairs), step, options))
             table = pass_over(model, batch, options, learn=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf).item()
-            bad = [i for i, loss in zip(batch["index"], table["loss"]) if not math.isfinite(loss)]
-            if bad or not math.isfinite(norm):   # stop before it reaches the weights
-                raise FloatingPointError(f"step {step + 1}: the {'loss' if bad else 'gradient'} of pair "
-                                         f"{bad or list(batch['index'])} (rows of the data set, from 0) is not finite; "
-                                         f"last good checkpoint: {newest_checkpoint(folder) or 'none'}")
+            check_finite(table["loss"], norm, batch, step + 1, folder)
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            step += 1
-            tokens += sum(len(ids) for k in ("prompt", "prompt", "chosen", "rejected") for ids in batch[f"{k}_ids"])
+            step, seconds = step + 1, seconds + time.perf_counter() - began
+            tokens += sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in batch)
             for name, values in table.items():
                 window.setdefault(name, []).extend(values)
             bar.set_postfix(loss=f"{math.fsum(table['loss']) / len(batch):.4f}", refresh=False)
             bar.update()
-            rows, now = [], time.perf_counter()
+            rows = []
             if step % options.logging_steps == 0 or step == steps:
                 rows.append(summarize(window) | {"grad_norm": norm, "learning_rate": rate,
-                                                 "tokens_per_second": tokens / (now - clock)})
-                tokens, window = 0, {}
+                                                 "tokens_per_second": tokens / seconds})
+                seconds, tokens, window = 0.0, 0, {}
             if len(held_out) and (step == steps or (options.eval_steps and step % options.eval_steps == 0)):
-                held_out_table = pass_over(model, held_out, options, learn=False)
-                scores = {f"eval_{name}": value for name, value in summarize(held_out_table).items()}
+                table = pass_over(model, held_out, options, learn=False)
+                check_finite(table["loss"], 0.0, held_out, step, folder)
+                scores = {f"eval_{name}": value for name, value in summarize(table).items()}
                 rows.append(scores)
             log.write("".join(json.dumps({"step": step} | row) + "\n" for row in rows))
             log.flush()
             if options.save_steps and step % options.save_steps == 0 and step < steps:
                 save_checkpoint(folder / f"checkpoint-{step}", model, optimizer, scheduler, step, window)
-            clock = time.perf_counter() - (now - clock if tokens else 0)   # evaluating and saving do not count
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     record(folder, steps=steps, evaluation=scores, finished=True)
+
+
+def check_finite(losses, norm, pairs, step, folder):
+    """Stop a run whose loss or gradient is no number, before it reaches the weights."""
+    bad = [i for i, loss in zip(pairs["index"], losses) if not math.isfinite(loss)]
+    if bad or not math.isfinite(norm):
+        what = f"loss of pair {bad}" if bad else f"gradient of pairs {list(pairs['index'])}"
+        raise FloatingPointError(f"step {step}: the {what} (rows of the data set, from 0) is not finite; last good "
+                                 f"checkpoint: {newest_checkpoint(folder) or 'none'}")
 
 
 # ------------------------------------------------------------------------------------------------------------ 10. main
 def run(options, tokenizer, pairs, counts):
     """Annotate the pairs with what the loss needs, then train -> {role: directory} of the models involved."""
     reference, folder = options.ref_model or options.model_name_or_path, Path(options.output_dir)
-    found, facts = {"reference": reference}, {"data": fingerprint(pairs), "pairs": counts}
-    check_models(options, tokenizer, pairs)
+    own_rewards = "chosen_rewards" in pairs.column_names
+    needed = [reference] * (options.loss != "simpo")
+    needed += [options.reward_model] * bool(options.loss == "tgdpo" and options.reward_model and not own_rewards)
+    check_models([options.model_name_or_path, *needed], tokenizer, pairs)
     split_rows(len(pairs), options)   # says now what is wrong with --eval_size
+    for name in ("output_dir", "cache_dir"):   # and now what is wrong with these, not when hours have passed
+        with reading(f"--{name} {getattr(options, name)}"):
+            Path(getattr(options, name)).mkdir(parents=True, exist_ok=True)
+    found, facts = {"reference": reference}, {"data": pairs_fingerprint(pairs), "pairs": counts}
     if options.loss != "simpo":
-        facts["reference"] = fingerprint(reference)
+        facts["reference"] = model_fingerprint(reference)
         ref_logps = annotate(reference, pairs, options, "annotate: reference")
         pairs = add_columns(pairs, "ref_logps", ref_logps)
-    if options.loss == "tgdpo" and "chosen_rewards" in pairs.column_names:
+    if options.loss == "tgdpo" and own_rewards:
         print("token rewards: the data set's own" + "; --reward_model is not used" * bool(options.reward_model))
     elif options.loss == "tgdpo":
         beta = options.reward_beta or options.beta
@@ -941,7 +1009,7 @@ def run(options, tokenizer, pairs, counts):
         if not options.reward_model:
             print(f"no --reward_model: one is trained first, by DPO on the same pairs, in {judge}")
             train(replace(options, loss="dpo", beta=beta, output_dir=judge), pairs, tokenizer, facts)
-        facts["reward_model_fingerprint"] = fingerprint(judge)
+        facts["reward_model_fingerprint"] = model_fingerprint(judge)
         rm_logps = annotate(judge, pairs, options, "annotate: reward model")
         # r̂_t = β [ log π_rm - log π_ref ]: β comes in here, so the cached log-probs serve every β
         pairs = add_columns(pairs, "rewards", [[[beta * (rm - ref) for rm, ref in zip(*row)] for row in zip(*side)]
@@ -954,14 +1022,14 @@ def run_tiny(options):
     """From nothing to a table: a language model, pairs, a reward model, TGDPO, and what each of them is worth."""
     folder, rng = Path(options.output_dir), random.Random(options.seed)
     start, file = folder / "start_model", folder / "pairs.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
     if options.dataset:
         rows = load_rows(options.dataset, options.dataset_split)
-        tokenizer = tiny_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows], options.max_length)
+        texts = [json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode() for row in rows]
+        tokenizer = tiny_tokenizer(texts, options.max_length)
         pairs, counts = tokenize(rows, tokenizer, options.max_length, options.dataset)
         train_rows, held_out = split_rows(len(pairs), options)
         texts = [r["prompt_ids"] + r[side] for r in pairs.select(train_rows) for side in ("chosen_ids", "rejected_ids")]
-        prompts = [ids[32 - options.max_length:] for ids in pairs.select(held_out or train_rows)["prompt_ids"]]
+        prompts = [ids[NEW_TOKENS - options.max_length:] for ids in pairs.select(held_out or train_rows)["prompt_ids"]]
     else:
         tokenizer = tiny_tokenizer(None, options.max_length)
         texts = []
@@ -971,7 +1039,9 @@ def run_tiny(options):
                 words.append(rng.choice(tiny_next(words[-1], noun)))
             texts.append(tokenizer(f"describe the {noun} : {' '.join(words)}").input_ids)
         prompts = tokenizer([f"describe the {noun} :" for noun in rng.choices(NOUNS, k=TINY_PROMPTS)]).input_ids
-    if not start.exists():
+    with reading(f"--output_dir {folder}"):
+        start.mkdir(parents=True, exist_ok=True)
+    if not (start / "config.json").exists():
         tiny_language_model(texts, tokenizer, options, start)
     if not options.dataset:
         if not file.exists():
@@ -985,11 +1055,11 @@ def run_tiny(options):
                   zip(pairs["prompt_ids"], pairs[side])] for side in ("chosen_ids", "rejected_ids")]
         stage = replace(options, output_dir=str(folder / "true_rewards"))
         found["tgdpo, true r̂"] = run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)["tgdpo"]
-    record(folder, **tiny_report(options, tokenizer, found, prompts, known))
+    tiny_report(options, tokenizer, found, prompts, known)
 
 
 def tiny_report(options, tokenizer, found, prompts, known):
-    """Every model's responses to the same prompts: prints a table and a few responses -> what run.json keeps of it."""
+    """Every model's responses to the same prompts: a table and a few responses, for the terminal and run.json."""
     def interval(values):   # mean and half of its 95 % interval
         values = torch.tensor(values, dtype=torch.float64)
         return values.mean().item(), 1.96 * values.std(correction=0).item() / len(values) ** 0.5
@@ -1024,12 +1094,12 @@ def tiny_report(options, tokenizer, found, prompts, known):
         report["correlation"] = torch.corrcoef(torch.stack([values, worth]))[0, 1].item()
         report["AUC"] = ((good > bad).float() + 0.5 * (good == bad)).mean().item()   # P(r̂ good > r̂ bad)
         print(f"r̂ and the true token rewards: correlation {report['correlation']:.3f}, AUC {report['AUC']:.3f}")
+    record(Path(options.output_dir), **report)
     print("\nresponses, with the r̂ of their tokens")
-    for k in range(2):
+    for k in range(min(2, len(prompts))):
         for name in found:
             words = [tokenizer.decode([i]) for i in draws[name][k]]
             print(f"{name:16}", *map(paint, words, rhat[name][k]), sep=" " if known else "")
-    return report
 
 
 def paint(text, value):
@@ -1046,21 +1116,25 @@ def main(argv):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp says so of a single process
+    sys.stdout.reconfigure(errors="replace")   # r̂ and the tokens, on a terminal that lacks such letters
+    folder = None
     try:
         options = read_options(argv)
-        open_folder(Path(options.output_dir), options)
+        folder = Path(options.output_dir)
+        open_folder(folder, options)
         if options.model_name_or_path is None:
             run_tiny(options)
         else:
             rows = load_rows(options.dataset, options.dataset_split)
             tokenizer = load_tokenizer(options.model_name_or_path)
-            config = AutoConfig.from_pretrained(model_folder(options.model_name_or_path)).get_text_config()
-            length = min(options.max_length, getattr(config, "max_position_embeddings", None) or options.max_length)
+            names = {options.model_name_or_path, options.ref_model, options.reward_model} - {None}
+            positions = [getattr(load_config(name), "max_position_embeddings", None) for name in sorted(names)]
+            length = min([options.max_length] + [n for n in positions if n])
             if length < options.max_length:
-                print(f"--max_length {options.max_length} is lowered to {length}: the model has no more positions")
+                print(f"--max_length {options.max_length} is lowered to {length}: a model has no more positions")
             pairs, counts = tokenize(rows, tokenizer, length, options.dataset)
             run(options, tokenizer, pairs, counts)
-        print(f"done: {options.output_dir}")
+        print(f"done: {folder}")
         return 0
     except InputError as e:
         print(f"tgdpo.py: error: {e}", file=sys.stderr)
@@ -1069,7 +1143,7 @@ def main(argv):
         print(f"tgdpo.py: stopped at {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tgdpo.py: interrupted; the same command with --resume and this --output_dir continues", file=sys.stderr)
+        print(f"tgdpo.py: interrupted; the same command with --resume --output_dir {folder} continues", file=sys.stderr)
         return 130
 
 

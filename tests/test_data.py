@@ -102,7 +102,7 @@ def test_templates_that_ask_for_the_date_get_the_same_tokens_every_day():
 @pytest.mark.parametrize("text", ["yes .", "yes . <eos>"])
 def test_one_end_token(text):
     assert one(dict(prompt="red cat ?", chosen=text, rejected="no"), word_tokenizer())[1] == CHOSEN
-    chat = dict(prompt="red cat ?", chosen=text.replace("<eos>", "<|im_end|>"), rejected="no")
+    chat = dict(prompt="red cat ?", chosen=text.replace("<eos>", "<|im_end|>\n"), rejected="no")
     assert one(chat, word_tokenizer(template=CHATML, eos="<|im_end|>"))[1] == ids("yes .") + [5, 6]
 
 
@@ -184,6 +184,59 @@ def test_unusable_pairs_are_dropped_and_counted_by_reason():
         "chosen or rejected does not end with an assistant's message": 1, "chosen and rejected differ before their last message": 1}
 
 
+def test_odd_rows_are_dropped_not_fatal():
+    good = FORMATS["instruction"]
+    rows = [good, dict(good, history=5), dict(good, history=[None]), dict(good, history=["ab"]), dict(good, history=[["a", 1]]),
+            dict(FORMATS["strings"], chosen="half \ud83d"), dict(good, input=["x"]), dict(good, instruction=None)]
+    pairs, counts = tgdpo.tokenize(rows, word_tokenizer(), 64, "test")
+    assert pairs["index"][:] == [0, 6] and counts["dropped"] == {
+        "a history that is no list of pairs": 3, "a message without a role or without text": 1, "a text with half a character": 1,
+        "no prompt": 1}
+    broken = word_tokenizer(template="{{ messages[0]['content'] + 5 }}")
+    with pytest.raises(tgdpo.InputError, match="the chat template refuses it"):
+        tgdpo.tokenize([good], broken, 64, "test")
+
+
+def test_fields_that_parquet_fills_with_none(tmp_path):
+    """One row with role/content, one with from/value: in one parquet column each message has all four fields."""
+    rows = [dict(prompt=[USER], chosen=[YES], rejected=[NO]), dict(prompt=SHAREGPT[:1], chosen=SHAREGPT[1:2], rejected=SHAREGPT[2:])]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    read = tgdpo.load_rows(str(tmp_path / "d.parquet"), None)
+    assert read != rows and [one(row, word_tokenizer()) for row in read] == [[PROMPT, CHOSEN, REJECTED]] * 2
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_prompt_column_beside_whole_conversations_is_not_doubled(template):
+    tokenizer = word_tokenizer(template=template)
+    want = one(FORMATS["messages, implicit prompt"], tokenizer)
+    assert one(dict(FORMATS["messages, implicit prompt"], prompt="red cat ? "), tokenizer) == want
+    assert one(dict(HH, prompt=HH["chosen"].rsplit("yes", 1)[0]), tokenizer) == one(HH, tokenizer)
+    assert one(dict(FORMATS["instruction"], prompt=""), tokenizer) == one(FORMATS["instruction"], tokenizer)
+
+
+def test_only_a_text_that_begins_as_the_template_does_is_formatted_already():
+    tokenizer = word_tokenizer(template=CHATML)
+    assert one(dict(FORMATS["strings"], prompt="<unk> red"), tokenizer)[0][:3] == [4, *ids("user"), 6]
+    talk = [dict(role="system", content="<|im_start|> blue"), USER]
+    assert one(dict(prompt=talk, chosen=[YES], rejected=[NO]), tokenizer)[0][:3] == [4, *ids("system"), 6]
+
+
+def test_a_template_that_writes_more_before_an_answer_to_come():
+    """As DeepSeek-R1's do: the generation prompt ends with <think>, an answered turn has none; the common part is the prompt."""
+    thinks = CHATML.replace("assistant\n' }}", "assistant\n' }}{{ '<think>' }}")
+    assert thinks != CHATML
+    assert one(FORMATS["strings"], word_tokenizer(template=thinks)) == one(FORMATS["strings"], word_tokenizer(template=CHATML))
+    rewrites = "{% if messages[-1]['role'] == 'assistant' %}answered {% endif %}" + CHATML
+    with pytest.raises(tgdpo.InputError, match="writes the prompt differently"):
+        one(FORMATS["strings"], word_tokenizer(template=rewrites))
+
+
+def test_fixing_the_date_leaves_the_rest_of_the_template_alone():
+    tokenizer = word_tokenizer(template="\n  \n" + CHATML)
+    prompt, _ = tgdpo.render(tokenizer, [USER], ["yes"])
+    assert prompt == tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+
+
 @pytest.mark.parametrize("rows, message", [
     ([dict(question="a", answer="b")], "1 rows with the columns: answer, question; expected chosen and rejected"),
     ([dict(question="a", chosen="b", rejected="c")], "dropped 1: no prompt; columns: chosen, question, rejected; expected chosen"),
@@ -210,8 +263,8 @@ def test_file_kinds(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2"), ("a.json", "[1, 2", "cannot be read: JSONDecodeError"), ("a.csv", "x,y", "unknown kind"),
-    ("a.jsonl", b"\xff\xfe\x00", "cannot be read: UnicodeDecodeError"), ("a.parquet", "no", "cannot be read"), (None, None, "no such file")])
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2"), ("a.json", "[1, 2", "cannot be used: JSONDecodeError"), ("a.csv", "x,y", "unknown kind"),
+    ("a.jsonl", b"\xff\xfe\x00", "cannot be used: UnicodeDecodeError"), ("a.parquet", "no", "cannot be used"), (None, None, "no such file")])
 def test_unreadable_files(tmp_path, name, text, message):
     file = tmp_path / (name or "missing.jsonl")
     if name:
@@ -228,8 +281,9 @@ def test_token_rewards_of_the_data_set_are_checked_against_the_tokens():
     pairs, _ = tgdpo.tokenize([row], word_tokenizer(), 3, "test")   # cut with the tokens
     assert pairs[0]["chosen_ids"] == ids("yes .") and pairs[0]["chosen_rewards"] == [0.5, 1.0]
     for bad, message in [(dict(chosen_rewards=[1.0]), "row 0: chosen_rewards has 1 values; expected 3"),
-                         (dict(rejected_rewards=None), "row 0: rejected_rewards has no list; expected 2"),
-                         (dict(chosen_rewards=[1.0, 2.0, float("nan")]), "finite")]:
+                         (dict(rejected_rewards=None), "row 0: rejected_rewards has no list of numbers; expected 2 finite"),
+                         (dict(chosen_rewards=[1.0, 2.0, float("nan")]), "finite"), (dict(chosen_rewards=[1e300, 0.0, 0.0]), "finite"),
+                         (dict(chosen_rewards=[10**400, 0, 0]), "no list of numbers"), (dict(chosen_rewards=["a", 0, 0]), "no list")]:
         with pytest.raises(tgdpo.InputError, match=message):
             tgdpo.tokenize([row | bad], word_tokenizer(), 64, "test")
 

@@ -40,7 +40,9 @@ def test_a_file_of_options_and_flags_that_override_it(tmp_path, name, text):
     (["--max_steps", "0"], "-1 or a number above 0"), (["--eval_size", "1.5"], "a share below 1 or a whole number"),
     (["--logging_steps", "0"], "above 0"), (["--guidance_floor", "0"], "above 0"), (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--model_name_or_path", "m"], "--dataset is None; expected preference pairs"), (["--resume"], "--output_dir is None; expected"),
-    (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be read"), (["--device", "cuda"], "--device is cuda; expected auto or cpu")])
+    (["pairs.jsonl"], "data goes behind --dataset"), (["--alpha", "1", "run.yaml"], "a file of options goes first"),
+    (["--eval_steps", "5", "--eval_size", "0"], "an --eval_size, too"), (["--max_length", "40"], "at least 2, and 64 without"),
+    (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be used"), (["--device", "cuda"], "--device is cuda; expected auto or cpu")])
 def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
     if argv == ["--device", "cuda"] and tgdpo.torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -51,11 +53,19 @@ def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
 
 @pytest.mark.parametrize("text, message", [
     ("alpa: 1", "unknown option --alpa=1; did you mean --alpha"), ("loss: ipo", "invalid choice: 'ipo'"), ("beta: [1]", "maps option names"),
-    ("- beta", "maps option names"), ("beta: 'x'", "invalid float value"), ("a: b: c", "cannot be read"), ("learning: 1", "unknown option")])
+    ("- beta", "maps option names"), ("beta: 'x'", "invalid float value"), ("a: b: c", "cannot be used"), ("learning: 1", "unknown option")])
 def test_a_bad_file_of_options(tmp_path, text, message, capsys):
     (tmp_path / "o.yaml").write_text(text)
     assert tgdpo.main([str(tmp_path / "o.yaml")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_dashed_spelling_of_an_option_is_the_same_option(tmp_path):
+    for argv in (["--model-name-or-path", "m", "--dataset", "d"], ["--model-name-or-path=m", "--dataset=d"]):
+        assert (read(*argv).beta, read(*argv).learning_rate) == (0.1, 7e-7), "a real model must not get the tiny defaults"
+    (tmp_path / "o.yaml").write_text("model-name-or-path: m\ndataset: ~/d")
+    options = read(str(tmp_path / "o.yaml"))
+    assert options.beta == 0.1 and not options.dataset.startswith("~")
 
 
 def test_help_shows_every_option_with_its_default(capsys):
@@ -91,6 +101,31 @@ def test_a_missing_model_and_one_without_safetensors(bench, capsys):
     bench.train(reward_model=bench.reward_model, status=2)
     error = capsys.readouterr().err
     assert "reward_model" in error and "safetensors" in error and error.count("\n") == 1
+
+
+def test_a_model_that_lacks_weights_is_refused_instead_of_filled_with_random_ones(bench, capsys):
+    import transformers
+    from conftest import small_config
+    classifier = transformers.AutoModelForSequenceClassification.from_config(small_config("llama"))
+    classifier.save_pretrained(bench.folder / "classifier")
+    word_tokenizer().save_pretrained(bench.folder / "classifier")
+    bench.train(reward_model=str(bench.folder / "classifier"), status=2)
+    assert "lacks the weights ['lm_head.weight']" in capsys.readouterr().err
+
+
+def test_an_embedding_smaller_than_the_tokenizer_is_refused(bench, capsys):
+    small = make_model(bench.folder / "small", vocab_size=20)
+    bench.train(loss="dpo", ref_model=small, status=2)
+    assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_model_and_paths_that_cannot_be(bench, capsys):
+    (bench.folder / "empty").mkdir()
+    bench.train(model_name_or_path=str(bench.folder / "empty"), status=2)
+    (bench.folder / "file").write_text("x")
+    bench.train(loss="dpo", cache_dir=bench.folder / "file", status=2)
+    bench.train(loss="dpo", out=bench.folder / "file" / "out", status=2)
+    assert capsys.readouterr().err.count("\n") == 3
 
 
 def test_models_with_another_vocabulary_are_refused(bench, capsys):

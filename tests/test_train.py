@@ -271,6 +271,31 @@ def test_resume_refuses_what_changes_the_method(bench, change, message, capsys):
     assert (out / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_of_one_step_learns_and_the_floor_is_tgdpos_alone(bench):
+    dpo, out = bench.train(loss="dpo", max_steps=1)
+    assert dpo[0]["learning_rate"] == 1e-2, "a warm-up of the only step would leave it at rate 0"
+    floored, _ = bench.train(loss="dpo", max_steps=1, guidance_floor=5.0)
+    assert floored[0]["grad_norm"] == dpo[0]["grad_norm"]
+
+
+def test_an_annotation_that_is_not_finite_names_the_model(bench, capsys):
+    model = transformers.AutoModelForCausalLM.from_pretrained(bench.reward_model)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    model.save_pretrained(bench.reward_model)
+    bench.train(reward_model=bench.reward_model, status=1)
+    error = capsys.readouterr().err
+    assert f"model {bench.reward_model} for pair" in error and error.count("\n") == 1
+
+
+def test_a_run_needs_no_git_and_minds_no_strange_checkpoint(bench, monkeypatch):
+    monkeypatch.setattr(tgdpo.shutil, "which", lambda name: None)
+    rows, out = bench.train(loss="dpo", max_steps=2)
+    assert json.loads((out / "run.json").read_text())["git_commit"] == ""
+    (out / "checkpoint-best").mkdir()
+    assert tgdpo.newest_checkpoint(out) is None
+
+
 def test_resume_may_change_what_is_only_reported(bench):
     _, out = bench.train(loss="dpo", max_steps=4, save_steps=2)
     bench.train("--resume", out=out, loss="dpo", max_steps=4, save_steps=1, cache_dir=bench.folder / "elsewhere")
@@ -342,6 +367,9 @@ def test_max_length_is_lowered_to_the_models_positions(bench, capsys):
     bench.train(loss="dpo", dataset=write_rows(bench.folder / "long.jsonl", rows), max_steps=1)
     output = capsys.readouterr().out
     assert "--max_length 2048 is lowered to 64" in output and "1 prompts cut to 64 tokens" in output
+    shorter = make_model(bench.folder / "shorter", n_positions=32)
+    bench.train(loss="dpo", dataset=str(bench.folder / "long.jsonl"), ref_model=shorter, max_steps=1)
+    assert "is lowered to 32" in capsys.readouterr().out
 
 
 def test_weight_decay_spares_biases_and_norms_and_clipping_can_be_off(bench):
