@@ -125,7 +125,7 @@ class Options:
 
 
 # The tiny mode's own defaults, before file and flags. Measured: README, "What the tiny mode shows".
-TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=1e-3, num_train_epochs=2.0,
+TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=3e-4, num_train_epochs=2.0,
             per_device_train_batch_size=32, eval_size=0.1)
 NEW_TOKENS = 32   # the longest response that the tiny mode draws
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
