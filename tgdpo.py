@@ -1054,7 +1054,7 @@ def run_tiny(options):
         truth = [[tiny_rewards(tokenizer.decode(prompt[2]), tokenizer.convert_ids_to_tokens(ids)) for prompt, ids in
                   zip(pairs["prompt_ids"], pairs[side])] for side in ("chosen_ids", "rejected_ids")]
         stage = replace(options, output_dir=str(folder / "true_rewards"))
-        found["tgdpo, true r̂"] = run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)["tgdpo"]
+        found["tgdpo, truth"] = run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)["tgdpo"]
     tiny_report(options, tokenizer, found, prompts, known)
 
 
@@ -1073,7 +1073,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
         logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in {path, reference, judge}}
         rhat[name] = [[(options.reward_beta or options.beta) * (a - b) for a, b in zip(*row)]
                       for row in zip(logps[judge], logps[reference])]
-        table[name] = {"KL to reference": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
+        table[name] = {"KL": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
                        "length": interval([float(len(ids)) for ids in draws[name]])}
         if known:
             words = map(tokenizer.convert_ids_to_tokens, draws[name])
@@ -1083,10 +1083,13 @@ def tiny_report(options, tokenizer, found, prompts, known):
             table[name]["true reward"] = interval([sum(row) for row in truth[name]])
             for other in [other for other in ("reference", "dpo", "reward model") if other in truth]:
                 totals = [(sum(mine), sum(theirs)) for mine, theirs in zip(truth[name], truth[other])]
-                table[name][f"wins against {other}"] = interval([(a > b) + 0.5 * (a == b) for a, b in totals])
+                table[name][f"wins over {other}"] = interval([(a > b) + 0.5 * (a == b) for a, b in totals])
     print(f"\n{len(prompts)} {'fresh' if known else 'held-out'} prompts, means ± half of the 95 % interval")
+    columns = list(table[options.loss])
+    print(" " * 14 + "".join(f"{column:>{max(17, len(column) + 3)}}" for column in columns))
     for name, row in table.items():
-        print(f"{name:16}" + "".join(f"  {key} {mean:.2f} ± {half:.2f}" for key, (mean, half) in row.items()))
+        cells = [f"{row[column][0]:.2f} ± {row[column][1]:.2f}" if column in row else "" for column in columns]
+        print(f"{name:14}" + "".join(f"{cell:>{max(17, len(column) + 3)}}" for column, cell in zip(columns, cells)))
     report = {"table": table}
     if known:   # does r̂ find the tokens that truly matter, in what the reference says?
         values, worth = [torch.tensor([v for row in rows["reference"] for v in row]) for rows in (rhat, truth)]
@@ -1099,7 +1102,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
     for k in range(min(2, len(prompts))):
         for name in found:
             words = [tokenizer.decode([i]) for i in draws[name][k]]
-            print(f"{name:16}", *map(paint, words, rhat[name][k]), sep=" " if known else "")
+            print(f"{name:14}", *map(paint, words, rhat[name][k]), sep=" " if known else "")
 
 
 def paint(text, value):

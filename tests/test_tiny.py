@@ -87,14 +87,14 @@ def test_the_tiny_mode_from_nothing_to_a_table(small, tmp_path, capsys):
     assert tgdpo.main(argv) == 0
     out = tmp_path / "out"
     run = json.loads((out / "run.json").read_text())
-    assert list(run["table"]) == ["reference", "dpo", "tgdpo", "tgdpo, true r̂"]
+    assert list(run["table"]) == ["reference", "dpo", "tgdpo", "tgdpo, truth"]
     for row in run["table"].values():
-        assert set(row) >= {"KL to reference", "length", "ungrammatical", "true reward", "wins against reference"}
-    assert run["table"]["reference"]["KL to reference"] == [0.0, 0.0]
-    assert run["table"]["reference"]["wins against reference"] == [0.5, 0.0]
+        assert set(row) >= {"KL", "length", "ungrammatical", "true reward", "wins over reference"}
+    assert run["table"]["reference"]["KL"] == [0.0, 0.0]
+    assert run["table"]["reference"]["wins over reference"] == [0.5, 0.0]
     assert -1 <= run["correlation"] <= 1 and 0 <= run["AUC"] <= 1
     text = capsys.readouterr().out
-    assert "correlation" in text and text.count("tgdpo, true r̂") == 3
+    assert "correlation" in text and text.count("tgdpo, truth") == 3
     assert rows_of(out) and rows_of(out / "reward_model") and rows_of(out / "true_rewards")
     # a kill before the last stage: --resume keeps what is there and ends with the same table
     (out / "run.json").write_text(json.dumps(run | {"finished": False}))
@@ -109,7 +109,7 @@ def test_the_tiny_mode_on_real_pairs(small, real_pairs, tmp_path, capsys):
     assert tgdpo.main([f"--dataset={tmp_path / 'some.json'}", f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}",
                        "--num_train_epochs=1", "--max_length=96", "--eval_size=1"]) == 0
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert set(run["table"]["tgdpo"]) == {"KL to reference", "length"} and run["evaluation"]["eval_loss"] > 0
+    assert set(run["table"]["tgdpo"]) == {"KL", "length"} and run["evaluation"]["eval_loss"] > 0
     tokenizer = tgdpo.load_tokenizer(str(tmp_path / "out"))
     assert tokenizer.apply_chat_template([dict(role="user", content="Hi!")], tokenize=False, add_generation_prompt=True) == "<|user|>Hi!<eos><|assistant|>"
 
