@@ -183,7 +183,6 @@ def check_options(o, devices):
     need("max_length", o.max_length >= (2 if o.model_name_or_path else 2 * NEW_TOKENS),
          f"at least 2, and {2 * NEW_TOKENS} without --model_name_or_path")
     need("max_steps", o.max_steps == -1 or o.max_steps > 0, "-1 or a number above 0")
-    need("eval_steps", o.eval_steps is None or o.eval_size, "an --eval_size, too")
     need("seed", o.seed < 2**32, "below 2**32")
     need("eval_size", o.eval_size < 1 or o.eval_size == int(o.eval_size), "a share below 1 or a whole number")
     need("device", o.device in ["auto", *devices], f"auto or {' or '.join(devices)}, which is what torch finds here")
@@ -667,7 +666,10 @@ def check_models(names, tokenizer, pairs):
     """Two models' log-probs compare only token by token: every token of the pairs must mean the same to all models."""
     used = sorted({i for name in ("prompt_ids", "chosen_ids", "rejected_ids") for ids in pairs[name] for i in ids})
     for name in names:
-        theirs, size = load_tokenizer(name).get_vocab(), load_config(name).vocab_size
+        size, known = load_config(name).vocab_size, any(model_folder(name).glob("tokenizer*"))
+        if not known:
+            print(f"model {name} comes without a tokenizer: its tokens are taken to be those of the model to train")
+        theirs = (load_tokenizer(name) if known else tokenizer).get_vocab()
         for i, token in zip(used, tokenizer.convert_ids_to_tokens(used)):
             if theirs.get(token) != i or i >= size:
                 raise InputError(f"model {name} has another vocabulary than the tokenized pairs: {token!r} is {i} "
@@ -851,18 +853,17 @@ def forward(model, batch, options):
     if options.loss == "simpo":
         losses, chosen, rejected = simpo_loss(chosen_logps, rejected_logps, *places.chunk(2),
                                               options.beta, options.gamma)
-    else:
-        alpha = options.alpha if options.loss == "tgdpo" else 0.0                                       # α = 0 is DPO
+    else:   # r̂ = 0, and so f = 1, is DPO
         rewards = batch["rewards"] if options.loss == "tgdpo" else torch.zeros_like(logps)              # r̂, (N, R)
+        floor = options.guidance_floor if options.loss == "tgdpo" else None
         losses, chosen, rejected = tgdpo_loss(chosen_logps, rejected_logps, *batch["ref_logps"].chunk(2),
-                                              *rewards.chunk(2), options.beta, alpha,
-                                              options.guidance_floor if options.loss == "tgdpo" else None)
+                                              *rewards.chunk(2), options.beta, options.alpha, floor)
     metrics = {"loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
                "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
                "logps/chosen": chosen_logps.detach().sum(-1), "logps/rejected": rejected_logps.detach().sum(-1)}
     if options.loss == "tgdpo":   # f of both responses of a pair, side by side
         sides = torch.tensor([1.0, -1.0], device=logps.device).repeat_interleave(len(losses))[:, None]  # (N, 1)
-        f = torch.cat(guidance(rewards, alpha, sides, options.guidance_floor).chunk(2), dim=-1)         # (B, 2R)
+        f = torch.cat(guidance(rewards, options.alpha, sides, floor).chunk(2), dim=-1)         # (B, 2R)
         inside = torch.cat(places.chunk(2), dim=-1)                                                     # (B, 2R)
         metrics |= {"guidance/sum": (f * inside).sum(-1), "guidance/tokens": inside.sum(-1),
                     "guidance/min": f.where(inside, math.inf).amin(-1),
@@ -992,6 +993,8 @@ def run(options, tokenizer, pairs, counts):
     needed += [options.reward_model] * bool(options.loss == "tgdpo" and options.reward_model and not own_rewards)
     check_models([options.model_name_or_path, *needed], tokenizer, pairs)
     split_rows(len(pairs), options)   # says now what is wrong with --eval_size
+    if options.eval_steps and not options.eval_size:
+        print("--eval_steps has no effect without --eval_size: no pairs are held out")
     for name in ("output_dir", "cache_dir"):   # and now what is wrong with these, not when hours have passed
         with reading(f"--{name} {getattr(options, name)}"):
             Path(getattr(options, name)).mkdir(parents=True, exist_ok=True)

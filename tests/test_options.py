@@ -1,5 +1,6 @@
 """The command line: files of options, defaults, and one clear line for what cannot be used."""
 import re
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_a_file_of_options_and_flags_that_override_it(tmp_path, name, text):
     (["--logging_steps", "0"], "above 0"), (["--guidance_floor", "0"], "above 0"), (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--model_name_or_path", "m"], "--dataset is None; expected preference pairs"), (["--resume"], "--output_dir is None; expected"),
     (["pairs.jsonl"], "data goes behind --dataset"), (["--alpha", "1", "run.yaml"], "a file of options goes first"),
-    (["--eval_steps", "5", "--eval_size", "0"], "an --eval_size, too"), (["--max_length", "40"], "at least 2, and 64 without"),
+    (["--max_length", "40"], "at least 2, and 64 without"),
     (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be used"), (["--device", "cuda"], "--device is cuda; expected auto or cpu")])
 def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
     if argv == ["--device", "cuda"] and tgdpo.torch.cuda.is_available():
@@ -111,6 +112,14 @@ def test_a_model_that_lacks_weights_is_refused_instead_of_filled_with_random_one
     word_tokenizer().save_pretrained(bench.folder / "classifier")
     bench.train(reward_model=str(bench.folder / "classifier"), status=2)
     assert "lacks the weights ['lm_head.weight']" in capsys.readouterr().err
+
+
+def test_a_reward_model_without_a_tokenizer_is_taken_at_its_word(bench, capsys):
+    for file in Path(bench.reward_model).glob("tokenizer*"):
+        file.unlink()
+    bench.train(reward_model=bench.reward_model, max_steps=1, eval_steps=3)
+    output = capsys.readouterr().out
+    assert "comes without a tokenizer" in output and "--eval_steps has no effect" in output
 
 
 def test_an_embedding_smaller_than_the_tokenizer_is_refused(bench, capsys):
