@@ -139,6 +139,15 @@ def test_guidance_metrics_reward_beta_and_the_floor(bench):
     assert row["guidance/min"] == pytest.approx(0.1) and row["guidance/nonpositive"] == 0
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_guidance_metrics_leave_padding_out(bench, sign):
+    """With r = +0.4 on winners and -0.4 on losers f = 1.2 on every token (0.8 for the opposite); padding has f = 1."""
+    lengths = [(len(pair["chosen"].split()) + 1, len(pair["rejected"].split()) + 1) for pair in eight_pairs()]
+    rows = [pair | {"chosen_rewards": [0.4 * sign] * n, "rejected_rewards": [-0.4 * sign] * m} for pair, (n, m) in zip(eight_pairs(), lengths)]
+    row = bench.train(dataset=write_rows(bench.folder / "own.jsonl", rows), alpha=0.5, max_steps=1)[0][0]
+    assert [row[name] for name in GUIDANCE] == pytest.approx([1 + 0.2 * sign] * 3 + [0])
+
+
 def test_token_rewards_in_the_data_win_over_a_reward_model(bench, capsys):
     """Writing the reward model's own rewards as columns gives the reward model's run."""
     rewards = token_rewards(bench, 0.1)
