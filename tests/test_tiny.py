@@ -75,6 +75,23 @@ def test_samples_stop_at_the_end_token_and_follow_the_model(tmp_path):
     assert tgdpo.sample(path, prompts, options, tokenizer, "s") == [[2]] * 2
 
 
+def test_samples_of_prompts_of_unequal_length_do_not_depend_on_each_other(tmp_path):
+    """Weights so large that the first draws are all but certain: the same alone and beside a longer prompt."""
+    import transformers
+    from conftest import make_model
+    tokenizer = tgdpo.tiny_tokenizer(None, 64)
+    path = make_model(tmp_path / "m", tokenizer=tokenizer, vocab_size=len(tokenizer), eos_token_id=2, scale=8.0,
+                      tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2000)
+    model.save_pretrained(path)
+    prompts, options = [[4, 5], [9, 12, 6, 7, 20], [8], [30, 21, 9]], tgdpo.Options(device="cpu")
+    together = [ids[:3] for ids in tgdpo.sample(path, prompts, options, tokenizer, "s")]
+    assert together == [tgdpo.sample(path, [prompt], options, tokenizer, "s")[0][:3] for prompt in prompts]
+    assert len({tuple(ids) for ids in together}) > 2
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(tgdpo, "TINY_STEPS", 60)
