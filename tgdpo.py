@@ -1122,7 +1122,8 @@ def main(argv):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp says so of a single process
-    sys.stdout.reconfigure(errors="replace")   # r̂ and the tokens, on a terminal that lacks such letters
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")   # r̂ and the tokens, on a terminal that lacks such letters
     folder = None
     try:
         options = read_options(argv)
