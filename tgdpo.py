@@ -292,7 +292,7 @@ def token_logps(model, input_ids, response_mask, dtype="float32"):
         output = model.get_decoder()(input_ids=input_ids, use_cache=False)
         # The one shift: the state at position t predicts the token at t + 1.
         predicted = response_mask[:, 1:]                                                # (N, T-1)
-        hidden = output.last_hidden_state[:, :-1][predicted]                              # (M, H)
+        hidden = output.last_hidden_state[:, :-1][predicted]                            # (M, H)
         labels = input_ids[:, 1:][predicted]                                            # (M,)
         size = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
         if len(labels) <= size:
@@ -339,6 +339,7 @@ def read_messages(value):
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Unusable("a field is missing" if value is None else "a field is neither text nor messages")
+
     def first(message, *names):   # parquet fills the fields that a row lacks with None
         return next((message[name] for name in names if message.get(name) is not None), None)
     pairs = [(first(m, "role", "from"), first(m, "content", "value")) for m in value]
@@ -374,6 +375,8 @@ def read_pair(row, chat):
         history = row.get("history") or []
         if not isinstance(history, list) or not all(isinstance(turn, list) for turn in history):
             raise Unusable("a history that is no list of pairs")
+        if not isinstance(row.get("input") or "", str):
+            raise Unusable("an input that is no text")
         texts = [text for turn in history for text in turn]
         texts.append(row["instruction"] + (f"\n{row['input']}" if row.get("input") else ""))
         turns = read_messages([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
@@ -441,7 +444,7 @@ def encode(tokenizer, turns, responses):
         response_ids.append(both[len(prompt_ids):] if both[:len(prompt_ids)] == prompt_ids else ids(text))
         if eos is not None and not text.rstrip().endswith(special):
             response_ids[-1].append(eos)
-    if not prompt_ids or (not chat and prompt_ids[0] != bos and tokenizer("a").input_ids[0] == bos):
+    if not prompt_ids or (not chat and prompt_ids[0] != bos and tokenizer("a").input_ids[:1] == [bos]):
         first = bos if bos is not None else eos   # something must come before the first response token
         if first is None:
             raise Unusable("an empty prompt, and neither BOS nor EOS to begin with")
@@ -863,7 +866,7 @@ def forward(model, batch, options):
                "logps/chosen": chosen_logps.detach().sum(-1), "logps/rejected": rejected_logps.detach().sum(-1)}
     if options.loss == "tgdpo":   # f of both responses of a pair, side by side
         sides = torch.tensor([1.0, -1.0], device=logps.device).repeat_interleave(len(losses))[:, None]  # (N, 1)
-        f = torch.cat(guidance(rewards, options.alpha, sides, floor).chunk(2), dim=-1)         # (B, 2R)
+        f = torch.cat(guidance(rewards, options.alpha, sides, floor).chunk(2), dim=-1)                  # (B, 2R)
         inside = torch.cat(places.chunk(2), dim=-1)                                                     # (B, 2R)
         metrics |= {"guidance/sum": (f * inside).sum(-1), "guidance/tokens": inside.sum(-1),
                     "guidance/min": f.where(inside, math.inf).amin(-1),
@@ -1112,7 +1115,7 @@ def paint(text, value):
     """A token on a blue (r̂ > 0) or orange ground; where colours are not wanted, with r̂ behind it if that is large."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return f"{text}[{value:+.1f}]" if abs(value) >= 0.5 else text
-    ground = (((255, 153, 111, 69, 33) if value > 0 else (255, 223, 216, 209, 202)))[min(4, int(2 * abs(value) + 0.5))]
+    ground = ((255, 153, 111, 69, 33) if value > 0 else (255, 223, 216, 209, 202))[min(4, int(2 * abs(value) + 0.5))]
     return f"\033[38;5;16;48;5;{ground}m{text}\033[0m"
 
 

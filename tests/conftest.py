@@ -1,11 +1,12 @@
 """Small models, tokenizers and data that the tests share. Nothing is loaded from a hub."""
+
 import json
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")   # a test that asks the hub for something must fail at once, not wait
-os.environ["OMP_NUM_THREADS"] = "1"   # small models; on a busy machine two threads wait for each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub for something must fail at once, not wait
+os.environ["OMP_NUM_THREADS"] = "1"  # small models; on a busy machine two threads wait for each other
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
@@ -16,8 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import tgdpo
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "dpo_en_demo.json"
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 WORDS = "red green blue one two three cat dog sun moon yes no . ? , user assistant system".split()
 
 
@@ -39,12 +42,20 @@ def word_tokenizer(bos=False, eos=True, template=None, special=("<|im_start|>", 
     """One token a word: <unk> 0, <pad> 1, <bos> 2, <eos> 3, <|im_start|> 4, <|im_end|> 5, newline 6, then WORDS."""
     vocabulary = ["<unk>", "<pad>", "<bos>", "<eos>", *special, "\n", *WORDS]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>" if bos else None,
-        eos_token=(eos if isinstance(eos, str) else "<eos>") if eos else None, additional_special_tokens=list(special), **kwargs)
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<bos>" if bos else None,
+        eos_token=(eos if isinstance(eos, str) else "<eos>") if eos else None,
+        additional_special_tokens=list(special),
+        **kwargs,
+    )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -60,8 +71,14 @@ def small_config(family="gpt2", **changes):
     shared = dict(vocab_size=len(WORDS) + 7, bos_token_id=None, eos_token_id=3, pad_token_id=None)
     if family == "gpt2":
         return transformers.GPT2Config(**{**shared, **dict(n_embd=32, n_layer=2, n_head=2, n_positions=64), **changes})
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 max_position_embeddings=64)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     return transformers.AutoConfig.for_model(family, **{**shared, **sizes, **changes})
 
 
@@ -92,7 +109,7 @@ def write_rows(path, rows):
 
 
 class Bench:
-    """A folder with a model, a reward model and eight pairs, and `train`, which runs the command line in this process."""
+    """A folder with a model, a reward model and eight pairs; `train` runs the command line in this process."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -103,8 +120,18 @@ class Bench:
 
     def argv(self, *flags, out=None, **options):
         self.runs += out is None
-        options = dict(model_name_or_path=self.model, dataset=self.data, cache_dir=self.folder / "cache", learning_rate=1e-2,
-                       output_dir=out or self.folder / f"run{self.runs}", per_device_train_batch_size=8, device="cpu") | options
+        options = (
+            dict(
+                model_name_or_path=self.model,
+                dataset=self.data,
+                cache_dir=self.folder / "cache",
+                learning_rate=1e-2,
+                output_dir=out or self.folder / f"run{self.runs}",
+                per_device_train_batch_size=8,
+                device="cpu",
+            )
+            | options
+        )
         return [f"--{name}={value}" for name, value in options.items() if value is not None] + list(flags)
 
     def train(self, *flags, status=0, **options):

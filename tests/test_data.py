@@ -1,4 +1,5 @@
 """Rows to tokens: every format with literal token ids, and what users of preference trainers stumble over."""
+
 import gzip
 import json
 import re
@@ -11,15 +12,24 @@ from conftest import CHATML, ids, word_tokenizer, write_rows
 
 # three spellings of one pair: "red cat ?" -> "yes ." / "no"
 PROMPT, CHOSEN, REJECTED = ids("red cat ?"), ids("yes .") + [3], ids("no") + [3]
-USER, YES, NO = [dict(role=r, content=c) for r, c in (("user", "red cat ?"), ("assistant", "yes ."), ("assistant", "no"))]
+USER, YES, NO = [
+    dict(role=r, content=c) for r, c in (("user", "red cat ?"), ("assistant", "yes ."), ("assistant", "no"))
+]
 SHAREGPT = [{"from": f, "value": v} for f, v in (("human", "red cat ?"), ("gpt", "yes ."), ("gpt", "no"))]
 FORMATS = {
     "strings": dict(prompt="red cat ?", chosen="yes .", rejected="no"),
     "messages, explicit prompt": dict(prompt=[USER], chosen=[YES], rejected=[NO]),
     "messages, implicit prompt": dict(chosen=[USER, YES], rejected=[USER, NO]),
     "messages, prompt repeated": dict(prompt=[USER], chosen=[USER, YES], rejected=[USER, NO]),
-    "UltraFeedback-binarized": dict(prompt="red cat ?", prompt_id="7", messages=[USER, YES], chosen=[USER, YES], rejected=[USER, NO],
-                                    score_chosen=8.0, score_rejected=2.0),
+    "UltraFeedback-binarized": dict(
+        prompt="red cat ?",
+        prompt_id="7",
+        messages=[USER, YES],
+        chosen=[USER, YES],
+        rejected=[USER, NO],
+        score_chosen=8.0,
+        score_rejected=2.0,
+    ),
     "instruction": dict(instruction="red cat ?", chosen="yes .", rejected="no"),
     "instruction, empty input": dict(instruction="red cat ?", input="", chosen="yes .", rejected="no"),
     "from/value": dict(conversations=SHAREGPT[:1], chosen=SHAREGPT[1], rejected=SHAREGPT[2]),
@@ -41,7 +51,11 @@ def test_formats_without_a_template(name):
 def test_formats_with_a_template(name):
     """<|im_start|> user \\n red cat ? <|im_end|> \\n <|im_start|> assistant \\n  ->  yes . <|im_end|> \\n"""
     prompt = [4, *ids("user"), 6, *PROMPT, 5, 6, 4, *ids("assistant"), 6]
-    assert one(FORMATS[name], word_tokenizer(template=CHATML, eos="<|im_end|>")) == [prompt, ids("yes .") + [5, 6], ids("no") + [5, 6]]
+    assert one(FORMATS[name], word_tokenizer(template=CHATML, eos="<|im_end|>")) == [
+        prompt,
+        ids("yes .") + [5, 6],
+        ids("no") + [5, 6],
+    ]
 
 
 def test_instruction_with_input_and_history():
@@ -51,8 +65,10 @@ def test_instruction_with_input_and_history():
     assert one(row, word_tokenizer())[0] == ids("dog ?") + [6] + ids("no .") + [6] + PROMPT + [6] + ids("one two")
 
 
-HH = dict(chosen="\n\nHuman: red cat ?\n\nAssistant: no\n\nHuman: dog ?\n\nAssistant: yes .",
-          rejected="\n\nHuman: red cat ?\n\nAssistant: no\n\nHuman: dog ?\n\nAssistant: no")
+HH = dict(
+    chosen="\n\nHuman: red cat ?\n\nAssistant: no\n\nHuman: dog ?\n\nAssistant: yes .",
+    rejected="\n\nHuman: red cat ?\n\nAssistant: no\n\nHuman: dog ?\n\nAssistant: no",
+)
 
 
 def test_whole_transcripts():
@@ -64,12 +80,19 @@ def test_whole_transcripts():
     assert (chosen, rejected) == (CHOSEN, REJECTED)
     prompt, chosen, rejected = one(HH, word_tokenizer(template=CHATML, eos="<|im_end|>"))
     turn = lambda who, text: [4, *ids(who), 6, *ids(text), 5, 6]
-    assert prompt == turn("user", "red cat ?") + turn("assistant", "no") + turn("user", "dog ?") + [4, *ids("assistant"), 6]
+    assert prompt == turn("user", "red cat ?") + turn("assistant", "no") + turn("user", "dog ?") + [
+        4,
+        *ids("assistant"),
+        6,
+    ]
     assert (chosen, rejected) == (ids("yes .") + [5, 6], ids("no") + [5, 6])
 
 
 def test_several_turns_and_a_system_turn():
-    talk = [dict(role=r, content=c) for r, c in (("system", "blue"), ("user", "dog ?"), ("assistant", "no ."), ("user", "red cat ?"))]
+    talk = [
+        dict(role=r, content=c)
+        for r, c in (("system", "blue"), ("user", "dog ?"), ("assistant", "no ."), ("user", "red cat ?"))
+    ]
     row = dict(prompt=talk, chosen=[YES], rejected=[NO])
     assert one(row, word_tokenizer())[0] == ids("blue") + [6] + ids("dog ?") + [6] + ids("no .") + [6] + PROMPT
     with_template = one(row, word_tokenizer(template=CHATML))[0]
@@ -79,13 +102,31 @@ def test_several_turns_and_a_system_turn():
 
 
 def test_a_template_that_refuses_a_system_turn_gets_it_in_the_first_user_turn():
-    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+    refuses = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+    )
     row = dict(prompt=[dict(role="system", content="blue"), USER], chosen=[YES], rejected=[NO])
-    assert one(row, word_tokenizer(template=refuses))[0] == [4, *ids("user"), 6, *ids("blue"), 6, 6, *PROMPT, 5, 6, 4, *ids("assistant"), 6]
+    assert one(row, word_tokenizer(template=refuses))[0] == [
+        4,
+        *ids("user"),
+        6,
+        *ids("blue"),
+        6,
+        6,
+        *PROMPT,
+        5,
+        6,
+        4,
+        *ids("assistant"),
+        6,
+    ]
 
 
 def test_a_template_that_refuses_the_turns_costs_the_pair_not_the_run(capsys):
-    alternate = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}{% endfor %}"
+    alternate = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('must alternate') }}{% endif %}{% endfor %}"
+    )
     rows = [FORMATS["strings"], dict(prompt=[USER, USER], chosen=[YES], rejected=[NO])]
     _, counts = tgdpo.tokenize(rows, word_tokenizer(template=alternate + CHATML), 64, "test")
     assert counts["used"] == 1 and counts["dropped"] == {"the chat template refuses it: must alternate": 1}
@@ -146,6 +187,7 @@ def test_the_prompt_is_a_true_prefix_where_tokens_merge_across_the_boundary():
     """A byte-level BPE that knows "ab": "a" + "b" together would be one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     import transformers
+
     core = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3, "<eos>": 4}, [("a", "b")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
@@ -158,40 +200,79 @@ def test_cutting_keeps_the_response_then_the_bos_then_the_prompts_right_end():
     assert one(row, tokenizer, 8) == [[2] + ids("blue one two"), ids("yes yes yes") + [3], ids("no") + [3]]
     assert one(row, tokenizer, 5) == [[2], ids("yes yes yes") + [3], ids("no") + [3]]
     assert one(row, tokenizer, 3) == [[2], ids("yes yes"), ids("no") + [3]]
-    assert one(row, word_tokenizer(), 5) == [ids("two"), ids("yes yes yes") + [3], ids("no") + [3]], "one token must stay"
+    assert one(row, word_tokenizer(), 5) == [ids("two"), ids("yes yes yes") + [3], ids("no") + [3]], (
+        "one token must stay"
+    )
 
 
 def test_cut_pairs_are_counted_and_identical_ones_dropped(capsys):
     rows = [dict(prompt="red green blue", chosen="yes yes no", rejected="yes yes yes"), FORMATS["strings"]]
     pairs, counts = tgdpo.tokenize(rows, word_tokenizer(), 3, "pairs.jsonl")
     assert pairs["index"][:] == [1]
-    assert counts == {"read": 2, "used": 1, "dropped": {"identical responses up to --max_length": 1},
-                      "cut": {"prompts": 1, "responses": 1}}
-    assert "2 pairs read, 1 used; dropped 1: identical responses up to --max_length; 1 prompts cut to 3 tokens" in capsys.readouterr().out
+    assert counts == {
+        "read": 2,
+        "used": 1,
+        "dropped": {"identical responses up to --max_length": 1},
+        "cut": {"prompts": 1, "responses": 1},
+    }
+    assert (
+        "2 pairs read, 1 used; dropped 1: identical responses up to --max_length; 1 prompts cut to 3 tokens"
+        in capsys.readouterr().out
+    )
 
 
 def test_unusable_pairs_are_dropped_and_counted_by_reason():
     good = FORMATS["strings"]
-    rows = [good, dict(good, chosen=""), dict(good, rejected="  "), dict(good, rejected="yes ."), dict(good, chosen=5),
-            dict(good, chosen=None), dict(prompt="dog", chosen="yes"), "text", dict(good, prompt=3), dict(good, prompt=None),
-            dict(prompt=[USER], chosen=[dict(role="assistant", content=None)], rejected=[NO]), dict(prompt=[USER], chosen=[USER], rejected=[NO]),
-            dict(chosen=[USER, YES], rejected=[NO, NO])]
+    rows = [
+        good,
+        dict(good, chosen=""),
+        dict(good, rejected="  "),
+        dict(good, rejected="yes ."),
+        dict(good, chosen=5),
+        dict(good, chosen=None),
+        dict(prompt="dog", chosen="yes"),
+        "text",
+        dict(good, prompt=3),
+        dict(good, prompt=None),
+        dict(prompt=[USER], chosen=[dict(role="assistant", content=None)], rejected=[NO]),
+        dict(prompt=[USER], chosen=[USER], rejected=[NO]),
+        dict(chosen=[USER, YES], rejected=[NO, NO]),
+    ]
     pairs, counts = tgdpo.tokenize(rows, word_tokenizer(), 64, "test")
     assert pairs["index"][:] == [0]
     assert counts["dropped"] == {
-        "an empty response": 2, "identical responses": 1, "a field is neither text nor messages": 2, "a field is missing": 2,
-        "a row is no object": 1, "no prompt": 1, "a message without a role or without text": 1,
-        "chosen or rejected does not end with an assistant's message": 1, "chosen and rejected differ before their last message": 1}
+        "an empty response": 2,
+        "identical responses": 1,
+        "a field is neither text nor messages": 2,
+        "a field is missing": 2,
+        "a row is no object": 1,
+        "no prompt": 1,
+        "a message without a role or without text": 1,
+        "chosen or rejected does not end with an assistant's message": 1,
+        "chosen and rejected differ before their last message": 1,
+    }
 
 
 def test_odd_rows_are_dropped_not_fatal():
     good = FORMATS["instruction"]
-    rows = [good, dict(good, history=5), dict(good, history=[None]), dict(good, history=["ab"]), dict(good, history=[["a", 1]]),
-            dict(FORMATS["strings"], chosen="half \ud83d"), dict(good, input=["x"]), dict(good, instruction=None)]
+    rows = [
+        good,
+        dict(good, history=5),
+        dict(good, history=[None]),
+        dict(good, history=["ab"]),
+        dict(good, history=[["a", 1]]),
+        dict(FORMATS["strings"], chosen="half \ud83d"),
+        dict(good, input=["x"]),
+        dict(good, instruction=None),
+    ]
     pairs, counts = tgdpo.tokenize(rows, word_tokenizer(), 64, "test")
-    assert pairs["index"][:] == [0, 6] and counts["dropped"] == {
-        "a history that is no list of pairs": 3, "a message without a role or without text": 1, "a text with half a character": 1,
-        "no prompt": 1}
+    assert pairs["index"][:] == [0] and counts["dropped"] == {
+        "an input that is no text": 1,
+        "a history that is no list of pairs": 3,
+        "a message without a role or without text": 1,
+        "a text with half a character": 1,
+        "no prompt": 1,
+    }
     broken = word_tokenizer(template="{{ messages[0]['content'] + 5 }}")
     with pytest.raises(tgdpo.InputError, match="the chat template refuses it"):
         tgdpo.tokenize([good], broken, 64, "test")
@@ -199,7 +280,10 @@ def test_odd_rows_are_dropped_not_fatal():
 
 def test_fields_that_parquet_fills_with_none(tmp_path):
     """One row with role/content, one with from/value: in one parquet column each message has all four fields."""
-    rows = [dict(prompt=[USER], chosen=[YES], rejected=[NO]), dict(prompt=SHAREGPT[:1], chosen=SHAREGPT[1:2], rejected=SHAREGPT[2:])]
+    rows = [
+        dict(prompt=[USER], chosen=[YES], rejected=[NO]),
+        dict(prompt=SHAREGPT[:1], chosen=SHAREGPT[1:2], rejected=SHAREGPT[2:]),
+    ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
     read = tgdpo.load_rows(str(tmp_path / "d.parquet"), None)
     assert read != rows and [one(row, word_tokenizer()) for row in read] == [[PROMPT, CHOSEN, REJECTED]] * 2
@@ -222,10 +306,12 @@ def test_only_a_text_that_begins_as_the_template_does_is_formatted_already():
 
 
 def test_a_template_that_writes_more_before_an_answer_to_come():
-    """As DeepSeek-R1's do: the generation prompt ends with <think>, an answered turn has none; the common part is the prompt."""
+    """The generation prompt ends with <think>, an answered turn has none; the common part is the prompt."""
     thinks = CHATML.replace("assistant\n' }}", "assistant\n' }}{{ '<think>' }}")
     assert thinks != CHATML
-    assert one(FORMATS["strings"], word_tokenizer(template=thinks)) == one(FORMATS["strings"], word_tokenizer(template=CHATML))
+    assert one(FORMATS["strings"], word_tokenizer(template=thinks)) == one(
+        FORMATS["strings"], word_tokenizer(template=CHATML)
+    )
     rewrites = "{% if messages[-1]['role'] == 'assistant' %}answered {% endif %}" + CHATML
     with pytest.raises(tgdpo.InputError, match="writes the prompt differently"):
         one(FORMATS["strings"], word_tokenizer(template=rewrites))
@@ -237,10 +323,18 @@ def test_fixing_the_date_leaves_the_rest_of_the_template_alone():
     assert prompt == tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([dict(question="a", answer="b")], "1 rows with the columns: answer, question; expected chosen and rejected"),
-    ([dict(question="a", chosen="b", rejected="c")], "dropped 1: no prompt; columns: chosen, question, rejected; expected chosen"),
-    ([dict(prompt="a", chosen="b", rejected="b")] * 2, "2 pairs read, 0 used; dropped 2: identical responses"), ([], "0 rows with the columns: none")])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([dict(question="a", answer="b")], "1 rows with the columns: answer, question; expected chosen and rejected"),
+        (
+            [dict(question="a", chosen="b", rejected="c")],
+            "dropped 1: no prompt; columns: chosen, question, rejected; expected chosen",
+        ),
+        ([dict(prompt="a", chosen="b", rejected="b")] * 2, "2 pairs read, 0 used; dropped 2: identical responses"),
+        ([], "0 rows with the columns: none"),
+    ],
+)
 def test_nothing_usable_says_what_was_found_and_expected(rows, message):
     with pytest.raises(tgdpo.InputError, match=re.escape(message)):
         tgdpo.tokenize(rows, word_tokenizer(), 64, "test")
@@ -262,9 +356,17 @@ def test_file_kinds(tmp_path):
     assert tgdpo.load_rows(str(tmp_path / "splits"), "test") == rows[1:]
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2"), ("a.json", "[1, 2", "cannot be used: JSONDecodeError"), ("a.csv", "x,y", "unknown kind"),
-    ("a.jsonl", b"\xff\xfe\x00", "cannot be used: UnicodeDecodeError"), ("a.parquet", "no", "cannot be used"), (None, None, "no such file")])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2"),
+        ("a.json", "[1, 2", "cannot be used: JSONDecodeError"),
+        ("a.csv", "x,y", "unknown kind"),
+        ("a.jsonl", b"\xff\xfe\x00", "cannot be used: UnicodeDecodeError"),
+        ("a.parquet", "no", "cannot be used"),
+        (None, None, "no such file"),
+    ],
+)
 def test_unreadable_files(tmp_path, name, text, message):
     file = tmp_path / (name or "missing.jsonl")
     if name:
@@ -278,12 +380,16 @@ def test_token_rewards_of_the_data_set_are_checked_against_the_tokens():
     row = dict(FORMATS["strings"], chosen_rewards=[0.5, 1, -1.0], rejected_rewards=[2.0, 0.25])
     pairs, _ = tgdpo.tokenize([row], word_tokenizer(), 64, "test")
     assert (pairs[0]["chosen_rewards"], pairs[0]["rejected_rewards"]) == ([0.5, 1.0, -1.0], [2.0, 0.25])
-    pairs, _ = tgdpo.tokenize([row], word_tokenizer(), 3, "test")   # cut with the tokens
+    pairs, _ = tgdpo.tokenize([row], word_tokenizer(), 3, "test")  # cut with the tokens
     assert pairs[0]["chosen_ids"] == ids("yes .") and pairs[0]["chosen_rewards"] == [0.5, 1.0]
-    for bad, message in [(dict(chosen_rewards=[1.0]), "row 0: chosen_rewards has 1 values; expected 3"),
-                         (dict(rejected_rewards=None), "row 0: rejected_rewards has no list of numbers; expected 2 finite"),
-                         (dict(chosen_rewards=[1.0, 2.0, float("nan")]), "finite"), (dict(chosen_rewards=[1e300, 0.0, 0.0]), "finite"),
-                         (dict(chosen_rewards=[10**400, 0, 0]), "no list of numbers"), (dict(chosen_rewards=["a", 0, 0]), "no list")]:
+    for bad, message in [
+        (dict(chosen_rewards=[1.0]), "row 0: chosen_rewards has 1 values; expected 3"),
+        (dict(rejected_rewards=None), "row 0: rejected_rewards has no list of numbers; expected 2 finite"),
+        (dict(chosen_rewards=[1.0, 2.0, float("nan")]), "finite"),
+        (dict(chosen_rewards=[1e300, 0.0, 0.0]), "finite"),
+        (dict(chosen_rewards=[10**400, 0, 0]), "no list of numbers"),
+        (dict(chosen_rewards=["a", 0, 0]), "no list"),
+    ]:
         with pytest.raises(tgdpo.InputError, match=message):
             tgdpo.tokenize([row | bad], word_tokenizer(), 64, "test")
 

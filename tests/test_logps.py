@@ -1,4 +1,5 @@
 """Token log-probs against the models' own logits."""
+
 import pytest
 import torch
 import transformers
@@ -6,10 +7,21 @@ import transformers
 import tgdpo
 from conftest import make_model, small_config
 
-FAMILIES = {"gpt2": {}, "llama": {}, "qwen2": dict(tie_word_embeddings=True), "qwen3": dict(head_dim=8), "mistral": dict(sliding_window=4),
-            "gemma2": dict(head_dim=8, final_logit_softcapping=0.5, attn_logit_softcapping=5.0), "gemma3_text": dict(head_dim=8),
-            "cohere": dict(logit_scale=0.3), "granite": dict(logits_scaling=5.0), "phi": {}, "opt": dict(ffn_dim=48, word_embed_proj_dim=16),
-            "gpt_neox": {}, "mixtral": dict(num_local_experts=4)}
+FAMILIES = {
+    "gpt2": {},
+    "llama": {},
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": dict(head_dim=8),
+    "mistral": dict(sliding_window=4),
+    "gemma2": dict(head_dim=8, final_logit_softcapping=0.5, attn_logit_softcapping=5.0),
+    "gemma3_text": dict(head_dim=8),
+    "cohere": dict(logit_scale=0.3),
+    "granite": dict(logits_scaling=5.0),
+    "phi": {},
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=16),
+    "gpt_neox": {},
+    "mixtral": dict(num_local_experts=4),
+}
 
 
 def build(family, **changes):
@@ -18,11 +30,15 @@ def build(family, **changes):
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p.mul_(4)   # far from uniform
+                p.mul_(4)  # far from uniform
     return tgdpo.prepare_model(model, tgdpo.Options(device="cpu"))
 
 
-ROWS = {"prompt_ids": [[7, 8, 9], [10]], "chosen_ids": [[11, 12, 3], [13, 14, 15, 16, 17, 3]], "rejected_ids": [[18], [7, 7]]}
+ROWS = {
+    "prompt_ids": [[7, 8, 9], [10]],
+    "chosen_ids": [[11, 12, 3], [13, 14, 15, 16, 17, 3]],
+    "rejected_ids": [[18], [7, 7]],
+}
 
 
 def brute(model, rows):
@@ -40,7 +56,7 @@ def brute(model, rows):
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_equal_to_the_models_own_logits(family, chunks, monkeypatch):
     model = build(family)
-    if chunks > 1:   # 12 response tokens in chunks of 5
+    if chunks > 1:  # 12 response tokens in chunks of 5
         monkeypatch.setattr(tgdpo, "LOGITS_BYTES", 4 * model.config.vocab_size * 5)
     batch = tgdpo.collate(ROWS, "cpu")
     got = tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"])
@@ -51,8 +67,8 @@ def test_equal_to_the_models_own_logits(family, chunks, monkeypatch):
     total = sum(w * value for row in want for w, value in zip(weights, row))
     want_gradient = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
     for row, values in zip(got, want):
-        torch.testing.assert_close(row[:len(values)], torch.stack(values), atol=1e-5, rtol=0)
-        assert row[len(values):].abs().sum() == 0, "zero where there is no response token"
+        torch.testing.assert_close(row[: len(values)], torch.stack(values), atol=1e-5, rtol=0)
+        assert row[len(values) :].abs().sum() == 0, "zero where there is no response token"
     for a, b in zip(got_gradient, want_gradient):
         assert (a is None) == (b is None)
         if a is not None:
@@ -63,11 +79,13 @@ def test_equal_to_the_models_own_logits(family, chunks, monkeypatch):
 def test_the_head_sees_response_positions_only_and_in_chunks(monkeypatch):
     model, seen = build("llama"), []
     original = tgdpo.head_logits
-    monkeypatch.setattr(tgdpo, "head_logits", lambda model, hidden, kind: seen.append(len(hidden)) or original(model, hidden, kind))
+    monkeypatch.setattr(
+        tgdpo, "head_logits", lambda model, hidden, kind: seen.append(len(hidden)) or original(model, hidden, kind)
+    )
     monkeypatch.setattr(tgdpo, "LOGITS_BYTES", 4 * model.config.vocab_size * 5)
     batch = tgdpo.collate(ROWS, "cpu")
     logps = tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"])
-    assert seen == [5, 5, 2]   # 3 + 6 + 1 + 2 response tokens
+    assert seen == [5, 5, 2]  # 3 + 6 + 1 + 2 response tokens
     logps.sum().backward()
     assert len(seen) == 6, "each chunk is computed again in the backward pass"
 
@@ -77,17 +95,26 @@ def test_padding_and_batching_do_not_matter(family):
     model = build(family)
     batch = tgdpo.collate(ROWS, "cpu")
     together = tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"])
-    wider = [torch.nn.functional.pad(batch[name], (0, 9), value=value) for name, value in (("input_ids", 5), ("response_mask", False))]
+    wider = [
+        torch.nn.functional.pad(batch[name], (0, 9), value=value)
+        for name, value in (("input_ids", 5), ("response_mask", False))
+    ]
     torch.testing.assert_close(tgdpo.token_logps(model, *wider), together, atol=1e-5, rtol=0)
     for i in range(2):
-        alone = tgdpo.collate({name: column[i:i + 1] for name, column in ROWS.items()}, "cpu")
+        alone = tgdpo.collate({name: column[i : i + 1] for name, column in ROWS.items()}, "cpu")
         logps = tgdpo.token_logps(model, alone["input_ids"], alone["response_mask"])
-        torch.testing.assert_close(logps, together[[i, i + 2], :logps.shape[1]], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logps, together[[i, i + 2], : logps.shape[1]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family, dropout", [
-    ("gpt2", dict(attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)), ("llama", dict(attention_dropout=0.5)),
-    ("gpt_neox", dict(attention_dropout=0.5, hidden_dropout=0.5)), ("opt", dict(dropout=0.5, attention_dropout=0.5, layerdrop=0.5))])
+@pytest.mark.parametrize(
+    "family, dropout",
+    [
+        ("gpt2", dict(attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)),
+        ("llama", dict(attention_dropout=0.5)),
+        ("gpt_neox", dict(attention_dropout=0.5, hidden_dropout=0.5)),
+        ("opt", dict(dropout=0.5, attention_dropout=0.5, layerdrop=0.5)),
+    ],
+)
 def test_dropout_is_off_and_training_equals_evaluation(family, dropout):
     model = build(family, **dropout)
     assert model.training
@@ -95,16 +122,20 @@ def test_dropout_is_off_and_training_equals_evaluation(family, dropout):
     first, second = [tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"]) for _ in range(2)]
     assert torch.equal(first, second)
     model.eval()
-    torch.testing.assert_close(tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"]), first, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"]), first, atol=1e-6, rtol=0
+    )
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
     model = build("llama")
     batch = tgdpo.collate(ROWS, "cpu")
-    exact, rounded = [tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"], dtype) for dtype in ("float32", "bfloat16")]
+    exact, rounded = [
+        tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"], dtype) for dtype in ("float32", "bfloat16")
+    ]
     assert rounded.dtype == torch.float32
     difference = (exact - rounded).abs().max().item()
-    assert 1e-4 < difference < 0.2   # bfloat16 has 8 bits: it must differ, and not by much
+    assert 1e-4 < difference < 0.2  # bfloat16 has 8 bits: it must differ, and not by much
 
 
 def test_weights_are_float32_whatever_was_saved(tmp_path):

@@ -1,4 +1,5 @@
 """The losses against numbers worked by hand, and the properties that the method promises."""
+
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from tgdpo import guidance, simpo_loss, tgdpo_loss
 
 
 def hand():
-    """Two pairs of unequal lengths, padded with zeros to T = 3: (ref = 0, so log-probs are ratios l), beta 0.1, alpha 0.5.
+    """Two pairs of unequal lengths, padded with zeros to T = 3; l = log pi - log ref, beta 0.1, alpha 0.5.
 
     pair 1, chosen   l = 1.0 -0.5  2.0   r = 0.4 -0.2  0.0   f_w = 1.2 0.9 1.0   sum f l = 1.2 - 0.45 + 2.0 = 2.75
             rejected l = 0.5 -1.0        r = 0.2 -0.6        f_l = 0.9 1.3       sum f l = 0.45 - 1.3       = -0.85
@@ -41,7 +42,9 @@ def test_dpo_by_hand_and_alpha_0_is_dpo_to_the_bit():
     losses, _, _ = tgdpo_loss(*hand(), beta=0.1, alpha=0.0)
     assert losses.tolist() == pytest.approx([0.554355, 0.854355], abs=2e-6)
     policy_chosen, policy_rejected, ref_chosen, ref_rejected, *rewards = hand()
-    plain = -torch.nn.functional.logsigmoid(0.1 * (policy_chosen - ref_chosen).sum(-1) - 0.1 * (policy_rejected - ref_rejected).sum(-1))
+    plain = -torch.nn.functional.logsigmoid(
+        0.1 * (policy_chosen - ref_chosen).sum(-1) - 0.1 * (policy_rejected - ref_rejected).sum(-1)
+    )
     assert torch.equal(losses, plain)
     assert torch.equal(losses, tgdpo_loss(*hand()[:4], *[7.0 * r for r in rewards], beta=0.1, alpha=0.0)[0])
 
@@ -51,29 +54,41 @@ def test_simpo_by_hand():
     chosen, rejected = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-4.0, -2.0, 0.0]])
     masks = torch.tensor([[True, True, True]]), torch.tensor([[True, True, False]])
     losses, chosen_scores, rejected_scores = simpo_loss(chosen, rejected, *masks, beta=2.0, gamma=0.5)
-    assert losses.item() == pytest.approx(0.201413, abs=2e-6)   # ln(1 + e^-1.5)
+    assert losses.item() == pytest.approx(0.201413, abs=2e-6)  # ln(1 + e^-1.5)
     assert (chosen_scores.item(), rejected_scores.item()) == (-4.0, -6.0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0, 100.0])
 def test_ln_2_where_the_policy_is_the_reference(alpha):
     _, _, ref_chosen, ref_rejected, *rewards = hand()
-    losses, chosen, rejected = tgdpo_loss(ref_chosen, ref_rejected, ref_chosen, ref_rejected, *rewards, beta=0.1, alpha=alpha)
+    losses, chosen, rejected = tgdpo_loss(
+        ref_chosen, ref_rejected, ref_chosen, ref_rejected, *rewards, beta=0.1, alpha=alpha
+    )
     assert losses.tolist() == [math.log(2)] * 2
     assert chosen.tolist() == rejected.tolist() == [0.0, 0.0]
 
 
 def test_a_reward_model_equal_to_the_reference_is_dpo():
     zeros = [torch.zeros(2, 3, dtype=torch.float64)] * 2
-    assert torch.equal(tgdpo_loss(*hand()[:4], *zeros, beta=0.1, alpha=0.5)[0], tgdpo_loss(*hand(), beta=0.1, alpha=0.0)[0])
+    assert torch.equal(
+        tgdpo_loss(*hand()[:4], *zeros, beta=0.1, alpha=0.5)[0], tgdpo_loss(*hand(), beta=0.1, alpha=0.0)[0]
+    )
 
 
 def test_chosen_and_rejected_may_differ_in_length_and_padding_does_not_count():
     policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards = hand()
     want = tgdpo_loss(*hand(), beta=0.1, alpha=0.5)
     left, right = (lambda x: torch.nn.functional.pad(x, (4, 0))), (lambda x: torch.nn.functional.pad(x, (0, 2)))
-    got = tgdpo_loss(left(policy_chosen), right(policy_rejected), left(ref_chosen), right(ref_rejected),
-                     left(chosen_rewards), right(rejected_rewards), beta=0.1, alpha=0.5)
+    got = tgdpo_loss(
+        left(policy_chosen),
+        right(policy_rejected),
+        left(ref_chosen),
+        right(ref_rejected),
+        left(chosen_rewards),
+        right(rejected_rewards),
+        beta=0.1,
+        alpha=0.5,
+    )
     for a, b in zip(want, got):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
 
@@ -81,16 +96,22 @@ def test_chosen_and_rejected_may_differ_in_length_and_padding_does_not_count():
 def test_two_pairs_equal_each_pair_alone():
     both = tgdpo_loss(*hand(), beta=0.1, alpha=0.5)
     for i in range(2):
-        alone = tgdpo_loss(*[x[i:i + 1] for x in hand()], beta=0.1, alpha=0.5)
+        alone = tgdpo_loss(*[x[i : i + 1] for x in hand()], beta=0.1, alpha=0.5)
         for a, b in zip(both, alone):
             assert a[i].item() == b[0].item()
 
 
-@pytest.mark.parametrize("alpha_r, winner, loser", [
-    # |alpha r| < 1: the signs are DPO's, a winner's token is pushed up, a loser's down; r moves the sizes
-    (+0.6, -1.6, +0.4), (-0.6, -0.4, +1.6),
-    # |alpha r| > 1: f < 0 turns the sign of a bad token of the winner and of a good token of the loser
-    (+1.5, -2.5, -0.5), (-1.5, +0.5, +2.5)])
+@pytest.mark.parametrize(
+    "alpha_r, winner, loser",
+    [
+        # |alpha r| < 1: the signs are DPO's, a winner's token is pushed up, a loser's down; r moves the sizes
+        (+0.6, -1.6, +0.4),
+        (-0.6, -0.4, +1.6),
+        # |alpha r| > 1: f < 0 turns the sign of a bad token of the winner and of a good token of the loser
+        (+1.5, -2.5, -0.5),
+        (-1.5, +0.5, +2.5),
+    ],
+)
 def test_gradient_of_each_token_in_the_four_cases(alpha_r, winner, loser):
     """d loss / d log pi_t = -sigma(-phi) beta f_w on the winner and +sigma(-phi) beta f_l on the loser; at pi = ref
     sigma(-phi) = 1/2, so with beta = 2 the gradients are -f_w = -(1 + alpha r) and f_l = 1 - alpha r."""
@@ -115,6 +136,13 @@ def test_guidance_and_its_floor():
     assert guidance(r, 0.5, +1).tolist() == [-0.5, 1.0, 1.5]
     assert guidance(r, 0.5, -1).tolist() == [2.5, 1.0, 0.5]
     assert guidance(r, 0.5, +1, floor=0.1).tolist() == pytest.approx([0.1, 1.0, 1.5])
-    with_floor = tgdpo_loss(*[torch.ones(1, 1)] * 2, *[torch.zeros(1, 1)] * 2, torch.full((1, 1), -9.0), torch.zeros(1, 1),
-                            beta=1.0, alpha=1.0, floor=0.25)[0]
-    assert with_floor.item() == pytest.approx(math.log1p(math.exp(0.75)))   # phi = 0.25 * 1 - 1 * 1
+    with_floor = tgdpo_loss(
+        *[torch.ones(1, 1)] * 2,
+        *[torch.zeros(1, 1)] * 2,
+        torch.full((1, 1), -9.0),
+        torch.zeros(1, 1),
+        beta=1.0,
+        alpha=1.0,
+        floor=0.25,
+    )[0]
+    assert with_floor.item() == pytest.approx(math.log1p(math.exp(0.75)))  # phi = 0.25 * 1 - 1 * 1

@@ -1,4 +1,5 @@
 """The command line: files of options, defaults, and one clear line for what cannot be used."""
+
 import re
 from pathlib import Path
 
@@ -20,30 +21,66 @@ def test_defaults_follow_the_paper_and_the_tiny_mode_has_its_own():
     assert read("--beta", "0.3").beta == 0.3
 
 
-@pytest.mark.parametrize("name, text", [
-    ("o.yaml", "model_name_or_path: m\ndataset: d\nlearning_rate: 7e-7\nresume: false\nreward_model: null\nloss: dpo\nmax_steps: -1\n"),
-    ("o.json", '{"model_name_or_path": "m", "dataset": "d", "learning_rate": 7e-7, "loss": "dpo", "resume": false}')])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        (
+            "o.yaml",
+            "model_name_or_path: m\ndataset: d\nlearning_rate: 7e-7\nresume: false\n"
+            "reward_model: null\nloss: dpo\nmax_steps: -1\n",
+        ),
+        (
+            "o.json",
+            '{"model_name_or_path": "m", "dataset": "d", "learning_rate": 7e-7, "loss": "dpo", "resume": false}',
+        ),
+    ],
+)
 def test_a_file_of_options_and_flags_that_override_it(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     options = read(str(tmp_path / name), "--loss", "simpo")
-    assert (options.model_name_or_path, options.learning_rate, options.loss, options.resume) == ("m", 7e-7, "simpo", False)
+    assert (options.model_name_or_path, options.learning_rate, options.loss, options.resume) == (
+        "m",
+        7e-7,
+        "simpo",
+        False,
+    )
     assert options.reward_model is None and options.beta == 0.1, "a model in the file means no tiny defaults"
     (tmp_path / "tiny.yaml").write_text("alpha: 0.3")
-    assert (read(str(tmp_path / "tiny.yaml")).alpha, read(str(tmp_path / "tiny.yaml")).beta) == (0.3, tgdpo.TINY["beta"])
+    assert (read(str(tmp_path / "tiny.yaml")).alpha, read(str(tmp_path / "tiny.yaml")).beta) == (
+        0.3,
+        tgdpo.TINY["beta"],
+    )
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--alpa", "1"], "unknown option --alpa; did you mean --alpha"), (["--learning", "1"], "unknown option --learning"),
-    (["--trust_remote_code", "true"], "unknown option --trust_remote_code"), (["--loss", "ipo"], "invalid choice: 'ipo'"),
-    (["--beta", "x"], "argument --beta: invalid float value: 'x'"), (["--beta", "0"], "--beta is 0.0; expected a number above 0"),
-    (["--beta", "nan"], "--beta is nan"), (["--beta", "inf"], "--beta is inf"), (["--alpha", "-1"], "--alpha is -1.0; expected a number, 0 or above"),
-    (["--reward_beta", "-1"], "--reward_beta"), (["--warmup_ratio", "1.5"], "at most 1"), (["--max_length", "1"], "at least 2"),
-    (["--max_steps", "0"], "-1 or a number above 0"), (["--eval_size", "1.5"], "a share below 1 or a whole number"),
-    (["--logging_steps", "0"], "above 0"), (["--guidance_floor", "0"], "above 0"), (["--dtype", "float16"], "invalid choice: 'float16'"),
-    (["--model_name_or_path", "m"], "--dataset is None; expected preference pairs"), (["--resume"], "--output_dir is None; expected"),
-    (["pairs.jsonl"], "data goes behind --dataset"), (["--alpha", "1", "run.yaml"], "a file of options goes first"),
-    (["--max_length", "40"], "at least 2, and 64 without"),
-    (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be used"), (["--device", "cuda"], "--device is cuda; expected auto or cpu")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--alpa", "1"], "unknown option --alpa; did you mean --alpha"),
+        (["--learning", "1"], "unknown option --learning"),
+        (["--trust_remote_code", "true"], "unknown option --trust_remote_code"),
+        (["--loss", "ipo"], "invalid choice: 'ipo'"),
+        (["--beta", "x"], "argument --beta: invalid float value: 'x'"),
+        (["--beta", "0"], "--beta is 0.0; expected a number above 0"),
+        (["--beta", "nan"], "--beta is nan"),
+        (["--beta", "inf"], "--beta is inf"),
+        (["--alpha", "-1"], "--alpha is -1.0; expected a number, 0 or above"),
+        (["--reward_beta", "-1"], "--reward_beta"),
+        (["--warmup_ratio", "1.5"], "at most 1"),
+        (["--max_length", "1"], "at least 2"),
+        (["--max_steps", "0"], "-1 or a number above 0"),
+        (["--eval_size", "1.5"], "a share below 1 or a whole number"),
+        (["--logging_steps", "0"], "above 0"),
+        (["--guidance_floor", "0"], "above 0"),
+        (["--dtype", "float16"], "invalid choice: 'float16'"),
+        (["--model_name_or_path", "m"], "--dataset is None; expected preference pairs"),
+        (["--resume"], "--output_dir is None; expected"),
+        (["pairs.jsonl"], "data goes behind --dataset"),
+        (["--alpha", "1", "run.yaml"], "a file of options goes first"),
+        (["--max_length", "40"], "at least 2, and 64 without"),
+        (["missing.yaml"], "missing.yaml, taken for a file of options, cannot be used"),
+        (["--device", "cuda"], "--device is cuda; expected auto or cpu"),
+    ],
+)
 def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
     if argv == ["--device", "cuda"] and tgdpo.torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -52,9 +89,18 @@ def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, message", [
-    ("alpa: 1", "unknown option --alpa=1; did you mean --alpha"), ("loss: ipo", "invalid choice: 'ipo'"), ("beta: [1]", "maps option names"),
-    ("- beta", "maps option names"), ("beta: 'x'", "invalid float value"), ("a: b: c", "cannot be used"), ("learning: 1", "unknown option")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("alpa: 1", "unknown option --alpa=1; did you mean --alpha"),
+        ("loss: ipo", "invalid choice: 'ipo'"),
+        ("beta: [1]", "maps option names"),
+        ("- beta", "maps option names"),
+        ("beta: 'x'", "invalid float value"),
+        ("a: b: c", "cannot be used"),
+        ("learning: 1", "unknown option"),
+    ],
+)
 def test_a_bad_file_of_options(tmp_path, text, message, capsys):
     (tmp_path / "o.yaml").write_text(text)
     assert tgdpo.main([str(tmp_path / "o.yaml")]) == 2
@@ -63,7 +109,9 @@ def test_a_bad_file_of_options(tmp_path, text, message, capsys):
 
 def test_the_dashed_spelling_of_an_option_is_the_same_option(tmp_path):
     for argv in (["--model-name-or-path", "m", "--dataset", "d"], ["--model-name-or-path=m", "--dataset=d"]):
-        assert (read(*argv).beta, read(*argv).learning_rate) == (0.1, 7e-7), "a real model must not get the tiny defaults"
+        assert (read(*argv).beta, read(*argv).learning_rate) == (0.1, 7e-7), (
+            "a real model must not get the tiny defaults"
+        )
     (tmp_path / "o.yaml").write_text("model-name-or-path: m\ndataset: ~/d")
     options = read(str(tmp_path / "o.yaml"))
     assert options.beta == 0.1 and not options.dataset.startswith("~")
@@ -88,7 +136,7 @@ def test_several_processes_are_refused_for_now(monkeypatch, capsys):
 
 def test_bad_data_is_found_before_any_model_is_loaded(tmp_path, capsys, monkeypatch):
     data = write_rows(tmp_path / "d.jsonl", [dict(question="a")])
-    monkeypatch.setattr(tgdpo, "load_model", None)   # calling it would fail
+    monkeypatch.setattr(tgdpo, "load_model", None)  # calling it would fail
     model = make_model(tmp_path / "m")
     assert tgdpo.main(["--model_name_or_path", model, "--dataset", data, "--output_dir", str(tmp_path / "o")]) == 2
     assert "columns: question; expected chosen and rejected" in capsys.readouterr().err
@@ -107,6 +155,7 @@ def test_a_missing_model_and_one_without_safetensors(bench, capsys):
 def test_a_model_that_lacks_weights_is_refused_instead_of_filled_with_random_ones(bench, capsys):
     import transformers
     from conftest import small_config
+
     classifier = transformers.AutoModelForSequenceClassification.from_config(small_config("llama"))
     classifier.save_pretrained(bench.folder / "classifier")
     word_tokenizer().save_pretrained(bench.folder / "classifier")

@@ -1,4 +1,5 @@
 """The README names every option and every metric, and nothing that does not exist."""
+
 import dataclasses
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The tiny language, and the tiny mode from nothing to its table."""
+
 import json
 import random
 
@@ -20,8 +21,12 @@ def test_true_rewards_by_hand():
     assert sentence("the cat is not bad") == [0, 0, 0, 0, 1]
     assert sentence("the cat is very kind") == [0, 0, 0, 0, 2]
     assert sentence("the cat is not very lazy") == [0, 0, 0, 0, 0, 2]
-    assert sentence("the cat is not good and it was very happy .") == [0, 0, 0, 0, -1, 0, 0, 0, 0, 2, 0], '"not" ends with its adjective'
-    assert sentence("the dog is good good") == [0, -1, -1, 1, -1], "not the noun asked for; a verb after that; good twice"
+    assert sentence("the cat is not good and it was very happy .") == [0, 0, 0, 0, -1, 0, 0, 0, 0, 2, 0], (
+        '"not" ends with its adjective'
+    )
+    assert sentence("the dog is good good") == [0, -1, -1, 1, -1], (
+        "not the noun asked for; a verb after that; good twice"
+    )
 
 
 def test_sentences_of_the_grammar_break_no_rule_and_earn_nothing_on_average():
@@ -41,8 +46,11 @@ def test_pairs_are_labelled_by_bradley_terry(tmp_path, monkeypatch):
     tokenizer = tgdpo.tiny_tokenizer(None, 64)
 
     def stub(path, prompts, *_):
-        return [tokenizer(f"{tokenizer.decode(p[1:3])} is {word} . <eos>").input_ids
-                for p, word in zip(prompts, ["good"] * 4000 + ["bad"] * 4000)]
+        return [
+            tokenizer(f"{tokenizer.decode(p[1:3])} is {word} . <eos>").input_ids
+            for p, word in zip(prompts, ["good"] * 4000 + ["bad"] * 4000)
+        ]
+
     monkeypatch.setattr(tgdpo, "sample", stub)
     tgdpo.tiny_pairs("nowhere", tokenizer, tgdpo.Options(), tmp_path / "pairs.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
@@ -55,11 +63,12 @@ def test_samples_stop_at_the_end_token_and_follow_the_model(tmp_path):
     """A model that always says "good <eos>", whatever the prompt's length."""
     from conftest import make_model
     import transformers
+
     tokenizer = tgdpo.tiny_tokenizer(None, 64)
     path = make_model(tmp_path / "m", tokenizer=tokenizer, vocab_size=len(tokenizer), eos_token_id=2)
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     good = tokenizer("good").input_ids[0]
-    with torch.no_grad():   # the last layer's normalisation gives a constant; the head turns it into one token
+    with torch.no_grad():  # the last layer's normalisation gives a constant; the head turns it into one token
         for p in model.parameters():
             p.zero_()
         model.transformer.wpe.weight[:, 0] = 1.0
@@ -79,9 +88,16 @@ def test_samples_of_prompts_of_unequal_length_do_not_depend_on_each_other(tmp_pa
     """Weights so large that the first draws are all but certain: the same alone and beside a longer prompt."""
     import transformers
     from conftest import make_model
+
     tokenizer = tgdpo.tiny_tokenizer(None, 64)
-    path = make_model(tmp_path / "m", tokenizer=tokenizer, vocab_size=len(tokenizer), eos_token_id=2, scale=8.0,
-                      tie_word_embeddings=False)
+    path = make_model(
+        tmp_path / "m",
+        tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
+        eos_token_id=2,
+        scale=8.0,
+        tie_word_embeddings=False,
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         model.lm_head.weight.mul_(2000)
@@ -100,7 +116,12 @@ def small(monkeypatch):
 
 
 def test_the_tiny_mode_from_nothing_to_a_table(small, tmp_path, capsys):
-    argv = [f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}", "--num_train_epochs=1", "--max_length=64"]
+    argv = [
+        f"--output_dir={tmp_path / 'out'}",
+        f"--cache_dir={tmp_path / 'cache'}",
+        "--num_train_epochs=1",
+        "--max_length=64",
+    ]
     assert tgdpo.main(argv) == 0
     out = tmp_path / "out"
     run = json.loads((out / "run.json").read_text())
@@ -123,12 +144,26 @@ def test_the_tiny_mode_from_nothing_to_a_table(small, tmp_path, capsys):
 def test_the_tiny_mode_on_real_pairs(small, real_pairs, tmp_path, capsys):
     rows = json.loads(real_pairs.read_text())[:60]
     (tmp_path / "some.json").write_text(json.dumps(rows))
-    assert tgdpo.main([f"--dataset={tmp_path / 'some.json'}", f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}",
-                       "--num_train_epochs=1", "--max_length=96", "--eval_size=1"]) == 0
+    assert (
+        tgdpo.main(
+            [
+                f"--dataset={tmp_path / 'some.json'}",
+                f"--output_dir={tmp_path / 'out'}",
+                f"--cache_dir={tmp_path / 'cache'}",
+                "--num_train_epochs=1",
+                "--max_length=96",
+                "--eval_size=1",
+            ]
+        )
+        == 0
+    )
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(run["table"]["tgdpo"]) == {"KL", "length"} and run["evaluation"]["eval_loss"] > 0
     tokenizer = tgdpo.load_tokenizer(str(tmp_path / "out"))
-    assert tokenizer.apply_chat_template([dict(role="user", content="Hi!")], tokenize=False, add_generation_prompt=True) == "<|user|>Hi!<eos><|assistant|>"
+    assert (
+        tokenizer.apply_chat_template([dict(role="user", content="Hi!")], tokenize=False, add_generation_prompt=True)
+        == "<|user|>Hi!<eos><|assistant|>"
+    )
 
 
 def test_tokens_are_painted_on_a_terminal_and_numbered_elsewhere(monkeypatch):

@@ -1,4 +1,5 @@
 """The trainer: annotate, train, evaluate, save, resume, on eight pairs and on real ones."""
+
 import json
 import math
 import signal
@@ -14,8 +15,18 @@ import transformers
 import tgdpo
 from conftest import CHATML, eight_pairs, make_model, rows_of, word_tokenizer, write_rows
 
-METRICS = ["loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-           "logps/chosen", "logps/rejected", "tokens_per_second"]
+METRICS = [
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "tokens_per_second",
+]
 GUIDANCE = ["guidance/mean", "guidance/min", "guidance/max", "guidance/nonpositive"]
 
 
@@ -32,7 +43,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
-    """An independent trainer: full logits, one pair at a time, the formulas written out, torch's own AdamW and cosine."""
+    """An independent trainer: full logits, one pair at a time, the formulas written out, torch's own AdamW."""
     load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(bench.model)
     policy, reference, judge = load(bench.model), load(bench.model), load(bench.reward_model)
@@ -42,7 +53,8 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
     def logps(model, prompt, response):
         sequence = torch.tensor([tokenizer(prompt).input_ids + tokenizer(response).input_ids + [3]])
         table = torch.log_softmax(model(sequence).logits[0, :-1].double(), -1)
-        return table.gather(1, sequence[0, 1:, None])[len(tokenizer(prompt).input_ids) - 1:, 0]
+        return table.gather(1, sequence[0, 1:, None])[len(tokenizer(prompt).input_ids) - 1 :, 0]
+
     rows = []
     for step in range(steps):
         rate = lr * (step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))))
@@ -51,13 +63,17 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
         for pair in eight_pairs():
             w, l = [logps(policy, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
             with torch.no_grad():
-                w0, l0, w1, l1 = [logps(m, pair["prompt"], pair[side]) for m in (reference, judge) for side in ("chosen", "rejected")]
+                w0, l0, w1, l1 = [
+                    logps(m, pair["prompt"], pair[side]) for m in (reference, judge) for side in ("chosen", "rejected")
+                ]
             if loss == "simpo":
                 phi = beta * (w.mean() - l.mean()) - gamma
                 scores = beta * w.mean().item(), beta * l.mean().item()
             else:
                 a = alpha if loss == "tgdpo" else 0.0
-                phi = sum(beta * (1 + a * beta * (w1 - w0)) * (w - w0)) - sum(beta * (1 - a * beta * (l1 - l0)) * (l - l0))
+                phi = sum(beta * (1 + a * beta * (w1 - w0)) * (w - w0)) - sum(
+                    beta * (1 - a * beta * (l1 - l0)) * (l - l0)
+                )
                 scores = beta * (w - w0).sum().item(), beta * (l - l0).sum().item()
             total = total - torch.nn.functional.logsigmoid(phi) / 8
             logged.append([*scores, w.sum().item(), l.sum().item()])
@@ -66,8 +82,18 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
         optimizer.step()
         chosen, rejected, w, l = [sum(column) / 8 for column in zip(*logged)]
-        rows.append({"step": step + 1, "loss": total.item(), "grad_norm": norm, "learning_rate": rate, "rewards/chosen": chosen,
-                     "rewards/rejected": rejected, "logps/chosen": w, "logps/rejected": l})
+        rows.append(
+            {
+                "step": step + 1,
+                "loss": total.item(),
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "logps/chosen": w,
+                "logps/rejected": l,
+            }
+        )
     return rows
 
 
@@ -75,8 +101,13 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
 @pytest.mark.parametrize("size", [8, 3, 1])
 def test_the_curve_of_an_independent_trainer(bench, loss, size):
     """One batch of 8, and accumulated batches of 3 (3 + 3 + 2) and 1, step by step against plain_training."""
-    got, _ = bench.train(loss=loss, reward_model=bench.reward_model if loss == "tgdpo" else None, num_train_epochs=12,
-                         per_device_train_batch_size=size, gradient_accumulation_steps=math.ceil(8 / size))
+    got, _ = bench.train(
+        loss=loss,
+        reward_model=bench.reward_model if loss == "tgdpo" else None,
+        num_train_epochs=12,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=math.ceil(8 / size),
+    )
     want = plain_training(bench, loss, steps=12)
     close([{name: row[name] for name in want[0]} for row in got], want, 2e-5)
     assert want[-1]["loss"] < want[0]["loss"] - 0.05, "the run must have learned something"
@@ -117,7 +148,9 @@ def test_alpha_0_and_a_reward_model_equal_to_the_reference_are_dpo_to_the_bit(be
 def token_rewards(bench, beta):
     """beta (log pi_rm - log pi_ref) of each response token, by plain transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(bench.model)
-    models = [transformers.AutoModelForCausalLM.from_pretrained(path).eval() for path in (bench.reward_model, bench.model)]
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(path).eval() for path in (bench.reward_model, bench.model)
+    ]
     values = []
     for pair in eight_pairs():
         for side in ("chosen", "rejected"):
@@ -135,7 +168,9 @@ def test_guidance_metrics_reward_beta_and_the_floor(bench):
     assert row["guidance/mean"] == pytest.approx(sum(f) / len(f), abs=1e-5)
     assert (row["guidance/min"], row["guidance/max"]) == pytest.approx((min(f), max(f)), abs=1e-5)
     assert row["guidance/nonpositive"] == sum(x <= 0 for x in f) > 0
-    row = bench.train(reward_model=bench.reward_model, reward_beta=0.4, alpha=4.0, max_steps=1, guidance_floor=0.1)[0][0]
+    row = bench.train(reward_model=bench.reward_model, reward_beta=0.4, alpha=4.0, max_steps=1, guidance_floor=0.1)[0][
+        0
+    ]
     assert row["guidance/min"] == pytest.approx(0.1) and row["guidance/nonpositive"] == 0
 
 
@@ -143,7 +178,10 @@ def test_guidance_metrics_reward_beta_and_the_floor(bench):
 def test_guidance_metrics_leave_padding_out(bench, sign):
     """With r = +0.4 on winners and -0.4 on losers f = 1.2 on every token (0.8 for the opposite); padding has f = 1."""
     lengths = [(len(pair["chosen"].split()) + 1, len(pair["rejected"].split()) + 1) for pair in eight_pairs()]
-    rows = [pair | {"chosen_rewards": [0.4 * sign] * n, "rejected_rewards": [-0.4 * sign] * m} for pair, (n, m) in zip(eight_pairs(), lengths)]
+    rows = [
+        pair | {"chosen_rewards": [0.4 * sign] * n, "rejected_rewards": [-0.4 * sign] * m}
+        for pair, (n, m) in zip(eight_pairs(), lengths)
+    ]
     row = bench.train(dataset=write_rows(bench.folder / "own.jsonl", rows), alpha=0.5, max_steps=1)[0][0]
     assert [row[name] for name in GUIDANCE] == pytest.approx([1 + 0.2 * sign] * 3 + [0])
 
@@ -151,9 +189,14 @@ def test_guidance_metrics_leave_padding_out(bench, sign):
 def test_token_rewards_in_the_data_win_over_a_reward_model(bench, capsys):
     """Writing the reward model's own rewards as columns gives the reward model's run."""
     rewards = token_rewards(bench, 0.1)
-    rows = [pair | {"chosen_rewards": rewards[2 * i], "rejected_rewards": rewards[2 * i + 1]} for i, pair in enumerate(eight_pairs())]
+    rows = [
+        pair | {"chosen_rewards": rewards[2 * i], "rejected_rewards": rewards[2 * i + 1]}
+        for i, pair in enumerate(eight_pairs())
+    ]
     with_model, _ = bench.train(reward_model=bench.reward_model, num_train_epochs=3)
-    brought, _ = bench.train(dataset=write_rows(bench.folder / "own.jsonl", rows), reward_model=bench.model, num_train_epochs=3)
+    brought, _ = bench.train(
+        dataset=write_rows(bench.folder / "own.jsonl", rows), reward_model=bench.model, num_train_epochs=3
+    )
     assert "the data set's own; --reward_model is not used" in capsys.readouterr().out
     close(curve(brought), curve(with_model))
 
@@ -169,11 +212,13 @@ def test_without_a_reward_model_one_is_trained_by_dpo_first(bench, capsys):
 
 
 def test_annotations_are_reused_and_never_stale(bench, capsys):
-    """The cache is keyed by content: another alpha or beta reuses it, another model, data set, length or dtype does not."""
+    """Keyed by content: another alpha or beta reuses them, another model, data set, length or dtype does not."""
+
     def run(**options):
         capsys.readouterr()
         rows, _ = bench.train(**{"reward_model": bench.reward_model, "max_steps": 1} | options)
         return rows[0], capsys.readouterr().out.count("from the cache")
+
     first, hits = run()
     assert hits == 0
     assert run(alpha=0.0)[1] == 2 and run(learning_rate=0)[1] == 2
@@ -182,7 +227,7 @@ def test_annotations_are_reused_and_never_stale(bench, capsys):
     assert run(max_length=6)[1] == 0 and run(dtype="bfloat16")[1] == 0
     write_rows(Path(bench.data), eight_pairs()[:-1] + [dict(prompt="dog", chosen="yes", rejected="no")])
     assert run()[1] == 0
-    make_model(bench.folder / "reward_model", scale=4.0, seed=5)   # the same path and sizes, other weights
+    make_model(bench.folder / "reward_model", scale=4.0, seed=5)  # the same path and sizes, other weights
     changed, hits = run()
     assert hits == 1 and changed["guidance/max"] != first["guidance/max"]
 
@@ -190,6 +235,7 @@ def test_annotations_are_reused_and_never_stale(bench, capsys):
 def test_only_one_model_is_in_memory(bench, monkeypatch):
     import gc
     import weakref
+
     alive, most, original = [], [], tgdpo.load_model
 
     def load(*args):
@@ -198,9 +244,10 @@ def test_only_one_model_is_in_memory(bench, monkeypatch):
         model = original(*args)
         alive.append(weakref.ref(model))
         return model
+
     monkeypatch.setattr(tgdpo, "load_model", load)
     bench.train(max_steps=2)
-    assert len(most) == 4 and most == [0, 0, 0, 0]   # reference, reward model (trained, then read), policy
+    assert len(most) == 4 and most == [0, 0, 0, 0]  # reference, reward model (trained, then read), policy
 
 
 def test_evaluation_on_a_held_out_split(bench):
@@ -212,8 +259,14 @@ def test_evaluation_on_a_held_out_split(bench):
     assert sorted(train_rows + held_out) == list(range(8)) and len(held_out) == 3
     assert json.loads((out / "run.json").read_text())["evaluation"]["eval_loss"] == evaluations[-1]["eval_loss"]
     # the final model, judged by a fresh run without a learning rate, gives the same numbers
-    again, _ = bench.train(loss="dpo", model_name_or_path=str(out), ref_model=bench.model, max_steps=1, learning_rate=0,
-                           dataset=write_rows(bench.folder / "held.jsonl", [eight_pairs()[i] for i in held_out]))
+    again, _ = bench.train(
+        loss="dpo",
+        model_name_or_path=str(out),
+        ref_model=bench.model,
+        max_steps=1,
+        learning_rate=0,
+        dataset=write_rows(bench.folder / "held.jsonl", [eight_pairs()[i] for i in held_out]),
+    )
     assert again[0]["loss"] == pytest.approx(evaluations[-1]["eval_loss"], abs=1e-5)
     assert again[0]["rewards/margins"] == pytest.approx(evaluations[-1]["eval_rewards/margins"], abs=1e-5)
     bench.train(loss="dpo", eval_size=8, status=2)
@@ -224,7 +277,9 @@ def test_a_row_each_logging_steps_is_the_mean_since_the_last(bench):
     coarse, _ = bench.train(loss="dpo", max_steps=5, per_device_train_batch_size=3, logging_steps=2)
     assert [row["step"] for row in coarse] == [2, 4, 5]
     assert coarse[0]["loss"] == pytest.approx((fine[0]["loss"] + fine[1]["loss"]) / 2)
-    assert coarse[1]["loss"] == pytest.approx((2 * fine[2]["loss"] + 3 * fine[3]["loss"]) / 5), "an epoch ends with 2 pairs"
+    assert coarse[1]["loss"] == pytest.approx((2 * fine[2]["loss"] + 3 * fine[3]["loss"]) / 5), (
+        "an epoch ends with 2 pairs"
+    )
     assert coarse[1]["learning_rate"] == fine[3]["learning_rate"]
 
 
@@ -237,8 +292,11 @@ def test_resume_equals_the_uninterrupted_run(bench, loss, monkeypatch):
         losses, metrics = original(*args)
         losses = losses * (1 + 0.5 * torch.rand(()))
         return losses, metrics | {"loss": losses.detach()}
+
     monkeypatch.setattr(tgdpo, "forward", noisy)
-    options = dict(loss=loss, num_train_epochs=4, per_device_train_batch_size=3, logging_steps=2, eval_size=2, eval_steps=3)
+    options = dict(
+        loss=loss, num_train_epochs=4, per_device_train_batch_size=3, logging_steps=2, eval_size=2, eval_steps=3
+    )
     if loss == "tgdpo":
         options["reward_model"] = bench.reward_model
     whole, whole_out = bench.train(**options)
@@ -260,9 +318,18 @@ def test_resume_equals_the_uninterrupted_run(bench, loss, monkeypatch):
     assert tgdpo.main(argv) == 0 and (out / "metrics.jsonl").read_text() == before, "a finished run is left alone"
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(beta=0.2), "beta was 0.1"), (dict(max_steps=9), "max_steps"), (dict(loss="simpo"), "loss was dpo"), (dict(seed=1), "seed was 42"),
-    (dict(dataset="other"), "dataset was"), ("model", "model was"), ("data", "data was")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(beta=0.2), "beta was 0.1"),
+        (dict(max_steps=9), "max_steps"),
+        (dict(loss="simpo"), "loss was dpo"),
+        (dict(seed=1), "seed was 42"),
+        (dict(dataset="other"), "dataset was"),
+        ("model", "model was"),
+        ("data", "data was"),
+    ],
+)
 def test_resume_refuses_what_changes_the_method(bench, change, message, capsys):
     options = dict(loss="dpo", max_steps=4, save_steps=2)
     _, out = bench.train(**options)
@@ -334,15 +401,18 @@ def test_a_non_finite_number_stops_the_run_before_it_reaches_the_weights(bench, 
     def broken(model, batch, options):
         losses, metrics = original(model, batch, options)
         calls.append(1)
-        if len(calls) == 3:   # the second micro-batch of step 2
+        if len(calls) == 3:  # the second micro-batch of step 2
             if what == "loss":
                 losses = losses * torch.tensor([1.0, float("nan")])
                 metrics["loss"] = losses.detach()
             else:
                 losses.register_hook(lambda gradient: gradient * float("inf"))
         return losses, metrics
+
     monkeypatch.setattr(tgdpo, "forward", broken)
-    rows, out = bench.train(loss="dpo", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, save_steps=1, status=1)
+    rows, out = bench.train(
+        loss="dpo", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, save_steps=1, status=1
+    )
     error = capsys.readouterr().err
     assert len(rows) == 1 and "step 2" in error and "checkpoint-1" in error and what in error and error.count("\n") == 1
     pairs = tgdpo.pairs_of_step(8, 1, tgdpo.Options(per_device_train_batch_size=2, gradient_accumulation_steps=2))
@@ -351,15 +421,27 @@ def test_a_non_finite_number_stops_the_run_before_it_reaches_the_weights(bench, 
 
 
 def test_the_result_loads_with_its_chat_template(bench, tmp_path):
-    model = make_model(tmp_path / "chat", "llama", tokenizer=word_tokenizer(template=CHATML, eos="<|im_end|>"), tie_word_embeddings=True)
+    model = make_model(
+        tmp_path / "chat",
+        "llama",
+        tokenizer=word_tokenizer(template=CHATML, eos="<|im_end|>"),
+        tie_word_embeddings=True,
+    )
     rows, out = bench.train(model_name_or_path=model, max_steps=2, learning_rate=1e-2)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    assert tokenizer.apply_chat_template([dict(role="user", content="dog")], tokenize=False) == "<|im_start|>user\ndog<|im_end|>\n"
+    assert (
+        tokenizer.apply_chat_template([dict(role="user", content="dog")], tokenize=False)
+        == "<|im_start|>user\ndog<|im_end|>\n"
+    )
     start = transformers.AutoModelForCausalLM.from_pretrained(model)
     assert any(not torch.equal(a, b) for a, b in zip(loaded.parameters(), start.parameters()))
     run = json.loads((out / "run.json").read_text())
-    assert run["finished"] and run["options"]["beta"] == 0.1 and run["pairs"] == {"read": 8, "used": 8, "dropped": {}, "cut": {"prompts": 0, "responses": 0}}
+    assert (
+        run["finished"]
+        and run["options"]["beta"] == 0.1
+        and run["pairs"] == {"read": 8, "used": 8, "dropped": {}, "cut": {"prompts": 0, "responses": 0}}
+    )
     assert set(run["versions"]) == {"python", "torch", "transformers", "datasets"}
 
 
@@ -396,9 +478,13 @@ def test_weight_decay_spares_biases_and_norms_and_clipping_can_be_off(bench):
 def test_small_updates_are_not_swallowed_in_bfloat16(bench):
     """Weights and AdamW's state are float32: a learning rate of 7e-7 moves nearly every weight."""
     before = transformers.AutoModelForCausalLM.from_pretrained(bench.model).state_dict()
-    _, out = bench.train(loss="dpo", dtype="bfloat16", learning_rate=7e-7, warmup_ratio=0, lr_scheduler_type="constant", max_steps=2)
+    _, out = bench.train(
+        loss="dpo", dtype="bfloat16", learning_rate=7e-7, warmup_ratio=0, lr_scheduler_type="constant", max_steps=2
+    )
     after = transformers.AutoModelForCausalLM.from_pretrained(out).state_dict()
-    moved = torch.cat([(after[name] != before[name]).flatten() for name in before if "mlp" in name and before[name].ndim == 2])
+    moved = torch.cat(
+        [(after[name] != before[name]).flatten() for name in before if "mlp" in name and before[name].ndim == 2]
+    )
     assert moved.float().mean() > 0.9
 
 
@@ -412,12 +498,28 @@ def test_real_pairs_end_to_end_twice_with_the_same_curve(real_pairs, tmp_path):
     """Reward model, annotation, TGDPO, evaluation on the 300 real pairs, twice: bit for bit the same."""
     rows = json.loads(real_pairs.read_text())
     tokenizer = tgdpo.tiny_tokenizer([json.dumps(row) for row in rows], 128)
-    model = make_model(tmp_path / "model", tokenizer=tokenizer, vocab_size=len(tokenizer), n_positions=128, eos_token_id=2)
+    model = make_model(
+        tmp_path / "model", tokenizer=tokenizer, vocab_size=len(tokenizer), n_positions=128, eos_token_id=2
+    )
     curves = []
     for k in range(2):
         out = tmp_path / f"out{k}"
-        assert tgdpo.main([f"--model_name_or_path={model}", f"--dataset={real_pairs}", f"--output_dir={out}", "--max_length=128",
-                           f"--cache_dir={tmp_path / str(k)}", "--per_device_train_batch_size=10", "--gradient_accumulation_steps=3",
-                           "--learning_rate=3e-3", "--eval_size=0.1", "--device=cpu"]) == 0
+        assert (
+            tgdpo.main(
+                [
+                    f"--model_name_or_path={model}",
+                    f"--dataset={real_pairs}",
+                    f"--output_dir={out}",
+                    "--max_length=128",
+                    f"--cache_dir={tmp_path / str(k)}",
+                    "--per_device_train_batch_size=10",
+                    "--gradient_accumulation_steps=3",
+                    "--learning_rate=3e-3",
+                    "--eval_size=0.1",
+                    "--device=cpu",
+                ]
+            )
+            == 0
+        )
         curves.append((curve(rows_of(out)), curve(rows_of(out / "reward_model")), rows_of(out, evaluation=True)))
     assert curves[0] == curves[1] and len(curves[0][0]) == 9 and curves[0][0][-1]["loss"] < math.log(2) - 0.01
