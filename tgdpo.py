@@ -128,6 +128,7 @@ class Options:
 TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=3e-4, num_train_epochs=2.0,
             per_device_train_batch_size=32, eval_size=0.1)
 NEW_TOKENS = 32   # the longest response that the tiny mode draws
+# Numbers that may be 0; all others must be above it (but gamma and max_steps, which have rules of their own).
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and what is reported, not what is learned.
 MAY_CHANGE = "resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps logging_steps".split()
