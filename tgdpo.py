@@ -538,7 +538,7 @@ def tiny_rewards(noun, words):
     "not", so that the same word earns more or less by its context; -1 for a word against the grammar; else 0."""
     rewards = []
     for two_before, before, word, legal in zip(["", "", *words], ["", *words], words, tiny_legal(noun, words)):
-        sign = -1 if "not" in (before, two_before) else 1   # "not good", "not very good"
+        sign = -1 if "not" in (before, before == "very" and two_before) else 1   # "not good", "not very good"
         rewards.append(float(((word in GOOD) - (word in BAD)) * sign * (1 + (before == "very"))) if legal else -1.0)
     return rewards
 

@@ -24,6 +24,7 @@ def test_true_rewards_by_hand():
     assert sentence("the cat is not good and it was very happy .") == [0, 0, 0, 0, -1, 0, 0, 0, 0, 2, 0], (
         '"not" ends with its adjective'
     )
+    assert sentence("the cat not is good") == [0, 0, -1, -1, 1], '"not" reaches over "very" alone'
     assert sentence("the dog is good good") == [0, -1, -1, 1, -1], (
         "not the noun asked for; a verb after that; good twice"
     )
