@@ -194,14 +194,41 @@ def check_options(o, devices):
 
 
 # ------------------------------------------------------------------------------------------------ 3. the mathematics
+# Token-level PPO on tables: log-probs and rewards are (S, A), f is a number or (S, A). Tags such as (4.3a) are those of
+# derivation.md, which proves the equations; a tag with a dot belongs to the paper's theorem of that number.
+def token_ppo_objective(log_policy, ref_logps, reward, beta, f=1.0):
+    """What guided token-level PPO maximises in each state, (6a) -> (S,), in units of β; its maximum is log Z."""
+    policy = log_policy.exp()
+    # (6a)  E_{a~π}[ r / (β f) - log π / π_ref ]; an action that the policy never takes counts 0
+    gain = reward / (beta * f) - (log_policy - ref_logps)
+    return (policy * gain).where(policy > 0, 0.0).sum(-1)
+
+
+def closed_form_policy(ref_logps, reward, beta, f=1.0):
+    """The maximiser of token_ppo_objective, each state for itself (Theorem 4.3) -> (log_policy (S, A), log_Z (S,))."""
+    log_weights = ref_logps + reward / (beta * f)
+    # (4.3b)  log Z = log Σ_a π_ref exp(r / (β f))
+    log_Z = log_weights.logsumexp(-1)
+    # (4.3a)  π* = π_ref exp(r / (β f)) / Z
+    return log_weights - log_Z[..., None], log_Z
+
+
+def implicit_reward(log_policy, ref_logps, beta, f=1.0, log_Z=0.0):
+    """The reward for which a policy is the closed form, (4.3c); elementwise, log_Z (S, 1). With f = 1 and log Z = 0 it
+    is what a DPO-trained model thinks of each token: the r̂ that training uses, (8a)."""
+    # (4.3c)  r = β f [ log π* / π_ref + log Z ]
+    return beta * f * (log_policy - ref_logps + log_Z)
+
+
 def guidance(token_rewards, alpha, side, floor=None):
-    """f of the guided token-level PPO (Theorem 4.3) in the paper's practical choice: how much a token counts.
+    """f of the guided token-level PPO in the paper's practical choice: how much a token counts.
 
         f_w(r̂) = 1 + α r̂    on the chosen response (side +1): a good token of the winner counts more
         f_l(r̂) = 1 - α r̂    on the rejected response (side -1): a bad token of the loser counts more
 
-    Any shape in, the same shape out. The theorem assumes f > 0 (Assumption 4.2); floor, if given, enforces it.
+    Any shape in, the same shape out. The paper assumes f > 0 (Assumption 4.2); floor, if given, enforces it.
     """
+    # (8b)  f = 1 ± α r̂
     f = 1 + side * alpha * token_rewards
     return f if floor is None else f.clamp(min=floor)
 
@@ -220,9 +247,9 @@ def tgdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref
     rejected_ratios = policy_rejected_logps - ref_rejected_logps                        # ℓ_t of y_l, (B, T)
     chosen_weights = guidance(chosen_rewards.detach(), alpha, +1, floor)                # f_w, (B, T)
     rejected_weights = guidance(rejected_rewards.detach(), alpha, -1, floor)            # f_l, (B, T)
-    # φ = Σ_t β f_w(r̂_t) ℓ_t  -  Σ_t β f_l(r̂_t) ℓ_t
+    # (4.4a)  φ = Σ_t β f_w(r̂_t) ℓ_t over y_w  -  Σ_t β f_l(r̂_t) ℓ_t over y_l
     phi = beta * (chosen_weights * chosen_ratios).sum(-1) - beta * (rejected_weights * rejected_ratios).sum(-1)
-    # Bradley-Terry, P(y_w beats y_l) = σ(φ + δ), with δ, the part that does not depend on π_θ, dropped (Theorem 4.4)
+    # (8c)  loss = -log σ(φ): Bradley-Terry's P(y_w beats y_l) = σ(φ + δ) without δ, which π_θ cannot change
     losses = -F.logsigmoid(phi)
     return losses, beta * chosen_ratios.sum(-1).detach(), beta * rejected_ratios.sum(-1).detach()
 
@@ -235,6 +262,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected
     """
     chosen_means = (policy_chosen_logps * chosen_mask).sum(-1) / chosen_mask.sum(-1)                    # (B,)
     rejected_means = (policy_rejected_logps * rejected_mask).sum(-1) / rejected_mask.sum(-1)            # (B,)
+    # (3d)  φ = β mean_t log π(y_t|s_t) over y_w  -  the same over y_l  -  γ
     phi = beta * chosen_means - beta * rejected_means - gamma
     return -F.logsigmoid(phi), beta * chosen_means.detach(), beta * rejected_means.detach()
 
@@ -287,6 +315,7 @@ def token_logps(model, input_ids, response_mask, dtype="float32"):
     computes them again, so memory does not grow with tokens times vocabulary. Log-softmax is in float32.
     """
     def logps_of(hidden, labels):
+        # (1a)  log π(a|s) = z_a - log Σ_v exp z_v, in float32
         return -F.cross_entropy(head_logits(model, hidden, type(output)).float(), labels, reduction="none")
 
     with torch.autocast(input_ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
@@ -1018,9 +1047,9 @@ def run(options, tokenizer, pairs, counts):
             train(replace(options, loss="dpo", beta=beta, output_dir=judge), pairs, tokenizer, facts)
         facts["reward_model_fingerprint"] = model_fingerprint(judge)
         rm_logps = annotate(judge, pairs, options, "annotate: reward model")
-        # r̂_t = β [ log π_rm - log π_ref ]: β comes in here, so the cached log-probs serve every β
-        pairs = add_columns(pairs, "rewards", [[[beta * (rm - ref) for rm, ref in zip(*row)] for row in zip(*side)]
-                                               for side in zip(rm_logps, ref_logps)])
+        # (8a)  r̂_t = β [ log π_rm - log π_ref ]: β comes in here, so the cached log-probs serve every β
+        pairs = add_columns(pairs, "rewards", [[[implicit_reward(*token, beta) for token in zip(*row)]
+                                                for row in zip(*side)] for side in zip(rm_logps, ref_logps)])
     train(options, pairs, tokenizer, facts)
     return found | {options.loss: str(folder)}
 
@@ -1078,7 +1107,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
         draws[name] = sample(path, prompts, options, tokenizer, f"sample: {name}")
         rows = datasets.Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": draws[name]})
         logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in {path, reference, judge}}
-        rhat[name] = [[(options.reward_beta or options.beta) * (a - b) for a, b in zip(*row)]
+        rhat[name] = [[implicit_reward(*token, options.reward_beta or options.beta) for token in zip(*row)]
                       for row in zip(logps[judge], logps[reference])]
         table[name] = {"KL": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
                        "length": interval([float(len(ids)) for ids in draws[name]])}

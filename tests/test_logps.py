@@ -55,6 +55,7 @@ def brute(model, rows):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_equal_to_the_models_own_logits(family, chunks, monkeypatch):
+    """(1a): log-softmax of the full logits, shifted by one."""
     model = build(family)
     if chunks > 1:  # 12 response tokens in chunks of 5
         monkeypatch.setattr(tgdpo, "LOGITS_BYTES", 4 * model.config.vocab_size * 5)

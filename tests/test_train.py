@@ -162,7 +162,7 @@ def token_rewards(bench, beta):
 
 
 def test_guidance_metrics_reward_beta_and_the_floor(bench):
-    """With --reward_beta 0.4 and alpha 4, f = 1 +- 4 rhat over all response tokens of both sides."""
+    """(8a): with --reward_beta 0.4 and alpha 4, f = 1 +- 4 rhat over all response tokens of both sides."""
     f = [1 + (4 if i % 2 == 0 else -4) * r for i, row in enumerate(token_rewards(bench, 0.4)) for r in row]
     row = bench.train(reward_model=bench.reward_model, reward_beta=0.4, alpha=4.0, max_steps=1)[0][0]
     assert row["guidance/mean"] == pytest.approx(sum(f) / len(f), abs=1e-5)

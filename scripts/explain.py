@@ -1,0 +1,401 @@
+#!/usr/bin/env python3
+"""derivation.md in numbers: every claim with both sides, on a language of 3 tokens and 4 steps.
+
+    python scripts/explain.py              the numbers that derivation.md quotes, in a few seconds
+    python scripts/explain.py --seed 7     another random language: what holds for all, and what for this one only
+
+Tables are (S, A), states in the order of a heap: the root is 0, action a leads from state s to state A s + 1 + a, and
+what lies beyond the last step has value 0; here S = 40, A = 3. Y = 81 sequences of T = 4 tokens; `along` turns a table
+into what the tokens of each sequence say, (Y, T). Where training has a formula, it is tgdpo.py's function. Float64.
+"""
+import argparse
+import itertools
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tgdpo import closed_form_policy, guidance, implicit_reward, tgdpo_loss, token_ppo_objective
+
+ALPHAS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+
+
+# ------------------------------------------------------------------------------------------- a language small enough
+def f64(numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def sequences(steps, actions):
+    """All sequences of a tree -> the states that they pass and the actions they take there, each (Y, T)."""
+    taken = torch.tensor(list(itertools.product(range(actions), repeat=steps)))
+    states = torch.zeros_like(taken)
+    for t in range(1, steps):
+        states[:, t] = actions * states[:, t - 1] + 1 + taken[:, t - 1]
+    return states, taken
+
+
+def along(table, tree):
+    """A table's entries for the tokens of every sequence: (S, A) -> (Y, T); a column per state, (S,), likewise."""
+    states, actions = tree
+    return table[states, actions] if table.ndim == 2 else table[states]
+
+
+def language(seed, steps=4, actions=3):
+    """A random language -> (reference log-probs (S, A), token rewards (S, A), its tree)."""
+    rng, count = random.Random(seed), (actions**steps - 1) // (actions - 1)
+    logits, rewards = [f64([[rng.gauss(0, 1) for _ in range(actions)] for _ in range(count)])
+                       for _ in range(2)]
+    return logits.log_softmax(-1), rewards, sequences(steps, actions)
+
+
+def probability(log_policy, tree):
+    """π(y) of every sequence, (Y,): token log-probs add up."""
+    return along(log_policy, tree).sum(-1).exp()
+
+
+def divergence(log_policy, ref_logps, tree):
+    """KL(π || π_ref) of whole sequences."""
+    return (probability(log_policy, tree) * along(log_policy - ref_logps, tree).sum(-1)).sum().item()
+
+
+def objective(log_policy, ref_logps, reward, beta, tree):
+    """Sequence-level PPO, by enumeration."""
+    # (1b)  J(π) = E_{y~π} Σ_t [ r(s_t, a_t) - β log π / π_ref ]
+    return (probability(log_policy, tree) * along(reward - beta * (log_policy - ref_logps), tree).sum(-1)).sum()
+
+
+# --------------------------------------------------------------------------------------------- optima and minimisers
+def soft_optimum(ref_logps, reward, beta):
+    """The exact maximiser of J by soft value iteration -> (log_policy (S, A), V (S,), next values (S, A))."""
+    count, actions = ref_logps.shape
+    values, old = ref_logps.new_zeros(count * actions + 1), None
+    while old is None or not torch.equal(values, old):   # a sweep more than there are steps
+        old, ahead = values, values[1:].view(count, actions)                            # V(s') of each action, (S, A)
+        # (5b)  π*(a|s) = π_ref exp((r + V(s') - V(s)) / β): the closed form with the future in the reward
+        log_policy, log_Z = closed_form_policy(ref_logps, reward + ahead, beta)
+        # (5a)  V(s) = β log Σ_a π_ref exp((r + V(s')) / β)
+        values = torch.cat([beta * log_Z, values[count:]])
+    return log_policy, values[:count], ahead
+
+
+def root(log_sum, low, high):
+    """Where a falling function of one number a state, (S,) -> (S,), crosses 0, by bisection between low and high."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = log_sum(middle) > 0
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return middle
+
+
+def consistent_policy(ref_logps, reward, beta, f):
+    """What the loss without δ learns when f does not depend on the label: V from the last step back -> (S, A)."""
+    count, actions = ref_logps.shape
+    values, old = ref_logps.new_zeros(count * actions + 1), None
+    while old is None or not torch.equal(values, old):
+        old, gain = values, reward + values[1:].view(count, actions)
+
+        def policy(value):
+            # (7c)  π(a|s) = π_ref exp((r + V(s') - V(s)) / (β f)), with V(s) such that it sums to 1
+            return ref_logps + (gain - value[:, None]) / (beta * f)
+        value = root(lambda v: policy(v).logsumexp(-1), gain.min(-1).values, gain.max(-1).values)
+        values = torch.cat([value, values[count:]])
+    return policy(value)
+
+
+def kl_weighted_policy(ref_logps, reward, beta, f):
+    """The other problem, f on the KL: the maximiser of E_π[ r - β f log π / π_ref ] in each state -> (S, A)."""
+    def policy(value):
+        # (6b)  π(a|s) = π_ref exp((r - λ(s)) / (β f) - 1), with λ(s) such that it sums to 1
+        return ref_logps + (reward - value[:, None]) / (beta * f) - 1
+    low, high = (reward - beta * f).min(-1).values, reward.max(-1).values
+    return policy(root(lambda value: policy(value).logsumexp(-1), low, high))
+
+
+def minimise(loss, start):
+    """L-BFGS over the logits of a table from a start -> (log_policy, the loss there)."""
+    logits = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, max_eval=4000, history_size=50, tolerance_grad=1e-8,
+                                  tolerance_change=1e-15, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(logits.log_softmax(-1))
+        value.backward()
+        return value
+    optimizer.step(closure)
+    log_policy = logits.detach().log_softmax(-1)
+    return log_policy, loss(log_policy).item()
+
+
+def pair_weights(probabilities, totals):
+    """How often y beats y' in the data, (Y, Y): two different responses, drawn alike, labelled by Bradley-Terry."""
+    # (3b)  P(y_w beats y_l) = σ( R(y_w) - R(y_l) )
+    wins = torch.sigmoid(totals[:, None] - totals)
+    weights = (probabilities[:, None] * probabilities * wins).fill_diagonal_(0)
+    return weights / weights.sum()
+
+
+def pair_losses(log_policy, ref_logps, rewards, beta, alpha, tree, sign=1):
+    """tgdpo.py's loss of every y as chosen against every y' as rejected, (Y, Y). sign -1 turns the loser's r̂ round, so
+    that f_l = f_w = 1 + α r̂ does not depend on the label."""
+    policy, ref, r = [along(table, tree) for table in (log_policy, ref_logps, rewards)]
+    # Chosen (Y, 1, T), rejected (1, Y, T): the loss sums over T, and (Y, 1) - (1, Y) makes all pairs.
+    pairs = policy[:, None], policy[None], ref[:, None], ref[None], r[:, None], sign * r[None]
+    return tgdpo_loss(*pairs, beta, alpha)[0]
+
+
+def treg_loss(chosen_ratios, rejected_ratios, chosen_rewards, rejected_rewards, beta, alpha):
+    """T-REG's loss (arXiv 2412.02685) of B pairs, log-ratios and rewards (B, T), w and r̂ detached -> (B,)."""
+    phi = beta * chosen_ratios.sum(-1) - beta * rejected_ratios.sum(-1)
+    weight = torch.sigmoid(-phi).detach()
+    # (9a)  L = -log σ(φ_DPO) - α w Σ_t β r̂_t log π(y_t|s_t), over both responses, w = σ(-φ_DPO)
+    raised = (chosen_rewards * chosen_ratios).sum(-1) + (rejected_rewards * rejected_ratios).sum(-1)
+    return -F.logsigmoid(phi) - alpha * weight * beta * raised
+
+
+# ------------------------------------------------------------------------------------------------------- the walk
+def world(seed, beta=1.0):
+    """What all sections share: a language, its exact and its myopic optimum, and all its labelled pairs."""
+    w = SimpleNamespace(beta=beta, seed=seed)
+    w.ref, w.reward, w.tree = language(seed)
+    w.R = along(w.reward, w.tree).sum(-1)                                               # R(y), (Y,)
+    w.p_ref = probability(w.ref, w.tree)                                                # π_ref(y), (Y,)
+    w.exact, w.V, w.ahead = soft_optimum(w.ref, w.reward, beta)
+    w.myopic, w.log_Z = closed_form_policy(w.ref, w.reward, beta)
+    w.weights = pair_weights(w.p_ref, w.R)
+    return w
+
+
+def J(w, log_policy):
+    return objective(log_policy, w.ref, w.reward, w.beta, w.tree).item()
+
+
+def apart(a, b):
+    """The largest difference between two policies' probabilities of a token."""
+    return (a.exp() - b.exp()).abs().max().item()
+
+
+def section_1(w):
+    print("1  one lemma: what a KL penalty asks for")
+    p, q, g = w.exact[0], w.ref[0], w.reward[0]
+    best, log_Z = closed_form_policy(q, g, 1.0)
+    # (1c)  E_p[ g - log p/q ] = log Z - KL(p || q exp(g) / Z)
+    print(f"(1c)   {token_ppo_objective(p, q, g, 1.0):.4f} = {log_Z:.4f} - {(p.exp() * (p - best)).sum():.4f}")
+
+
+def section_2(w):
+    print("2  sequence-level PPO: its optimum by enumeration and by ascent")
+    # (2a)  π*(y) = π_ref(y) exp(R(y) / β) / Z(x), and max J = β log Z(x)
+    best, log_Z = closed_form_policy(w.p_ref.log(), w.R, w.beta)
+    found, loss = minimise(lambda p: -objective(p, w.ref, w.reward, w.beta, w.tree), w.ref)
+    print(f"(2a)   max J = beta log Z(x) = {w.beta * log_Z:.4f}; gradient ascent on (1b) reaches {-loss:.4f}")
+    print(f"       the policies that they give differ by {(best.exp() - probability(found, w.tree)).abs().max():.4f}")
+
+
+def section_3(w):
+    print("3  DPO")
+    # (3a)  R(y) = β log π*(y) / π_ref(y) + β log Z(x)
+    R = implicit_reward(along(w.exact, w.tree).sum(-1), w.p_ref.log(), w.beta, log_Z=w.V[0] / w.beta)
+    print(f"(3a)   the reward read off the optimal policy misses R(y) by at most {(R - w.R).abs().max():.4f}")
+    # (3c)  L_DPO = -log σ( β Σ_t ℓ_t over y_w - β Σ_t ℓ_t over y_l ), which is alpha = 0
+    found, _ = minimise(lambda p: (w.weights * pair_losses(p, w.ref, w.reward, w.beta, 0.0, w.tree)).sum(), w.ref)
+    print(f"(3c)   the minimiser of DPO's loss over all pairs misses the optimum of J by {apart(found, w.exact):.4f}")
+
+
+def bounds(ref_logps, reward, beta, tree):
+    """-> (max J, the right side of Theorem 4.1, the same sum with the state distribution fixed to the reference's)."""
+    states, values = tree[0], soft_optimum(ref_logps, reward, beta)[1]
+    _, log_Z = closed_form_policy(ref_logps, reward, beta)
+    # (4.1)  max_π J(π) <= Σ_t max_π E_{s_t~D_t(π)}[ β log Z(s_t) ] = Σ_t max_{s at depth t} β log Z(s)
+    right = sum(beta * log_Z[states[:, t]].max() for t in range(states.shape[1]))
+    # (4b)  Σ_t E_{s_t~D_t}[ β log Z(s_t) ] with a fixed D_t, the reference's
+    fixed = (probability(ref_logps, tree)[:, None] * beta * log_Z[states]).sum()
+    return values[0], right, fixed
+
+
+def section_4(w):
+    print("4  one problem for each token: Theorem 4.1, and what is lost when D is fixed")
+    best, right, fixed = bounds(w.ref, w.reward, w.beta, w.tree)
+    print(f"(4.1)  Theorem 4.1: {best:.4f} <= {right:.4f}")
+    # (4a)  J(π) = E_π Σ_t [ β log Z(s_t) - β KL(π || π_m)(s_t) ]: what is lost against π_m, state by state
+    lost = (w.exact.exp() * (w.exact - w.myopic)).sum(-1)
+    sums = (probability(w.exact, w.tree)[:, None] * w.beta * along(w.log_Z - lost, w.tree)).sum()
+    print(f"(4a)   J of the exact optimum: {J(w, w.exact):.4f} = {sums:.4f}")
+    print(f"(4b)   with D fixed to the reference's: {fixed:.4f}, {'no' if fixed < best else 'an'} upper bound")
+    ref = f64([[0.001, 0.999], [0.5, 0.5], [0.5, 0.5]]).log()
+    reward = f64([[0.0, 0.0], [10.0, 10.0], [0.0, 0.0]])
+    best, right, fixed = bounds(ref, reward, 1.0, sequences(2, 2))
+    print(f"       a reward of 10 behind a token of probability .001: {best:.2f} <= {right:.2f}, "
+          f"with D fixed {fixed:.2f}")
+
+
+def section_5(w):
+    print("5  the exact optimum against the closed form of each state by itself")
+    print(f"(5b)   J: exact {J(w, w.exact):.4f}, myopic {J(w, w.myopic):.4f}, reference {J(w, w.ref):.4f}; "
+          f"probabilities differ by up to {apart(w.exact, w.myopic):.4f}")
+    # (5c)  r'(s,a) = r(s,a) + V(s') - V(s): the same sums but for V(x), and Z = 1 in every state
+    shaped = w.reward + w.ahead - w.V[:, None]
+    policy, log_Z = closed_form_policy(w.ref, shaped, w.beta)
+    print(f"(5c)   with the reward shaped by V: |log Z| at most {log_Z.abs().max():.4f}, the two optima differ by "
+          f"{apart(policy, w.exact):.4f}")
+
+
+def section_6(w):
+    print("6  the guided problem of one state, with f drawn between 0.2 and 2")
+    rng = random.Random(w.seed + 1)
+    f = f64([[rng.uniform(0.2, 2) for _ in row] for row in w.ref])
+    policy, log_Z = closed_form_policy(w.ref, w.reward, w.beta, f)
+    found, loss = minimise(lambda p: -token_ppo_objective(p, w.ref, w.reward, w.beta, f).sum(), torch.zeros_like(w.ref))
+    print(f"(6a)   all states together: closed form {log_Z.sum():.4f}, ascent {-loss:.4f}")
+    print(f"(4.3a) the policies differ by {apart(policy, found):.4f}")
+    back = implicit_reward(policy, w.ref, w.beta, f, log_Z[:, None])
+    print(f"(4.3c) the reward read off the policy misses r by {(back - w.reward).abs().max():.4f}")
+    other = kl_weighted_policy(w.ref, w.reward, w.beta, f)
+    found, _ = minimise(lambda p: -(p.exp() * (w.reward - w.beta * f * (p - w.ref))).sum(), torch.zeros_like(w.ref))
+    print(f"(6b)   f on the KL instead: differs from ascent by {apart(other, found):.4f}, from (4.3a) by "
+          f"{apart(other, policy):.4f}")
+    moved = [apart(solve(w.ref, w.reward, w.beta, f), solve(w.ref, w.reward + 1, w.beta, f)) for solve in
+             (lambda *a: closed_form_policy(*a)[0], kl_weighted_policy)]
+    print(f"       add 1 to every reward: (4.3a) moves by {moved[0]:.4f}, (6b) by {moved[1]:.4f}")
+
+
+def section_7(w):
+    print("7  Bradley-Terry: what dropping delta does")
+    rng = random.Random(w.seed + 2)
+    g = f64([[rng.uniform(-0.5, 0.5) for _ in row] for row in w.ref])
+    for alpha, name in ((0.0, "f = 1     "), (1.0, "f = f(s,a)")):
+        f = guidance(g, alpha, +1)
+        # (7a)  β f [ log π_m / π_ref + log Z ] = r at every token, so φ + δ = R(y_w) - R(y_l)
+        myopic, log_Z = closed_form_policy(w.ref, w.reward, w.beta, f)
+
+        def loss(log_policy):
+            return (w.weights * pair_losses(log_policy, w.ref, g, w.beta, alpha, w.tree, sign=-1)).sum()
+        without, exact = minimise(loss, w.ref)[0], consistent_policy(w.ref, w.reward, w.beta, f)
+        # (4.4b)  δ = Σ_t β f_w log Z(s_t) over y_w - Σ_t β f_l log Z(s_t) over y_l: log Z where φ has ℓ = log π - ...
+        kept, _ = minimise(lambda log_policy: loss(log_policy + log_Z[:, None]), w.ref)
+        for tag, title, found in (("(7a)", "with delta   ", kept), ("(7c)", "without delta", without)):
+            print(f"{tag}   {name} {title}: from the myopic policy {apart(found, myopic):.4f}, from the exact optimum "
+                  f"{apart(found, w.exact):.4f}, from (7c) "
+                  f"{apart(found, exact):.4f}")
+    theta = torch.linspace(-1, 1, 20001, dtype=torch.float64)
+    # (7b)  argmin_θ -log σ(θ + δ1) - log σ(-θ + δ2) = (δ2 - δ1) / 2
+    found = [theta[(F.softplus(-theta - delta) + F.softplus(theta)).argmin()] for delta in (1.0, 0.0)]
+    print(f"(7b)   two pairs, phi = (theta, -theta), delta = (1, 0): theta {found[0]:.2f} = {(0 - 1) / 2:.2f} "
+          f"with delta, {found[1]:.2f} without")
+    ref, reward = torch.full((3, 2), 0.5).double().log(), f64([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    tree, log_Z = sequences(2, 2), closed_form_policy(ref, reward, 1.0)[1]
+    weights = pair_weights(probability(ref, tree), along(reward, tree).sum(-1))
+    exact, _, _ = soft_optimum(ref, reward, 1.0)
+    found = [minimise(lambda p: (weights * pair_losses(p + delta, ref, reward, 1.0, 0.0, tree)).sum(), ref)[0]
+             for delta in (log_Z[:, None], 0.0)]
+    print(f"       two steps, reward 1 behind the first of two tokens: its probability is {found[0][0, 0].exp():.4f} "
+          f"with delta, {found[1][0, 0].exp():.4f} without; {exact[0, 0].exp():.4f} at the optimum of J")
+
+
+def section_8(w):
+    print("8  the practical f, and the force on a token (beta 1, alpha 0.5, at pi = pi_ref)")
+    zero = torch.zeros(1, 1).double()
+    for r in f64([0.6, -0.6, 3.0, -3.0]):
+        logps = torch.zeros(2, 1, 1).double().requires_grad_()
+        tgdpo_loss(*logps, zero, zero, zero + r, zero + r, 1.0, 0.5)[0].sum().backward()
+        # (8d)  -dL / d log π(y_t) = β σ(-φ) f_w on the chosen response, -β σ(-φ) f_l on the rejected one
+        by_hand = [side * 0.5 * guidance(r, 0.5, side) for side in (+1, -1)]
+        print(f"(8d)   rhat {r:+.1f}: chosen {-logps.grad[0].item():+.2f} = {by_hand[0]:+.2f}, "
+              f"rejected {-logps.grad[1].item():+.2f} = {by_hand[1]:+.2f}; DPO +0.50, -0.50")
+    rhat = implicit_reward(w.exact, w.ref, w.beta)
+    # (8e)  P(y beats y') + P(y' beats y) = σ(φ(y, y')) + σ(φ(y', y)), which is 1 for DPO
+    wins = torch.exp(-pair_losses(w.exact, w.ref, rhat, w.beta, 0.5, w.tree))
+    both = (wins + wins.T)[~torch.eye(len(wins), dtype=bool)]
+    print(f"(8e)   P(y beats y') + P(y' beats y), the DPO model under its own rhat: from {both.min():.4f} "
+          f"to {both.max():.4f}")
+
+
+def section_9(w):
+    print("9  T-REG and TGDPO are one gradient (the sequences of largest and of smallest R)")
+    rng = random.Random(w.seed + 3)
+    logits = f64([[rng.gauss(0, 1) for _ in row] for row in w.ref]).requires_grad_()
+    rhat = along(implicit_reward(w.exact, w.ref, w.beta), w.tree)
+    y, z = w.R.argmax()[None], w.R.argmin()[None]
+    for start, name in ((logits, "random"), (w.ref.clone().requires_grad_(), "pi_ref")):
+        policy, ref = along(start.log_softmax(-1), w.tree), along(w.ref, w.tree)
+        ratios = policy - ref
+        losses = [treg_loss(ratios[y], ratios[z], rhat[y], rhat[z], w.beta, 0.3)]
+        losses += [tgdpo_loss(policy[y], policy[z], ref[y], ref[z], rhat[y], rhat[z], w.beta, a)[0] for a in (0.3, 0.0)]
+        treg, tgdpo = [torch.autograd.grad(loss, start, retain_graph=True)[0] for loss in losses[:2]]
+        # (9b)  φ_TGDPO = φ_DPO + α β (Σ_t r̂_t ℓ_t over y_w + Σ_t r̂_t ℓ_t over y_l)
+        phi = [0.0 - loss.expm1().log() for loss in losses[1:]]
+        moved = 0.3 * w.beta * ((rhat * ratios)[y].sum() + (rhat * ratios)[z].sum())
+        # (9c)  grad L_TREG = σ(-φ_DPO) / σ(-φ_TGDPO) grad L_TGDPO
+        scale = torch.sigmoid(-phi[1]) / torch.sigmoid(-phi[0])
+        print(f"(9b)   {name}: phi {phi[0].item():.4f} = {phi[1].item():.4f} + {moved.item():.4f}")
+        print(f"(9c)   {name}: the gradients' quotient is {(treg[0] / tgdpo[0])[0]:.4f} = {scale.item():.4f}; "
+              f"over all logits it misses by {(treg - scale * tgdpo).abs().max():.4f}")
+
+
+def section_10(w):
+    print("10 how large alpha rhat may be: the minimiser over all pairs, with rhat from the exact DPO model")
+    rhat = implicit_reward(w.exact, w.ref, w.beta)
+    # (10a)  E_{a~π_ref}[ r̂(s,a) ] = -β KL(π_ref || π_rm)(s), never above 0
+    mean, kl = (w.ref.exp() * rhat).sum(-1)[0], (w.ref.exp() * (w.ref - w.exact)).sum(-1)[0]
+    print(f"(10a)  mean of rhat under the reference, first state: {mean:.4f} = {-w.beta * kl:.4f}")
+    print("         alpha   max|alpha rhat|   smallest f_w     loss       KL   largest pi(y)")
+    for alpha in [0.0] + ALPHAS:
+        weakest = 1 + alpha * rhat.min().item()
+        row = f"       {alpha:7g} {alpha * rhat.abs().max():17.4f} {weakest:14.4f}"
+        found, low = minimise(lambda p: (w.weights * pair_losses(p, w.ref, rhat, w.beta, alpha, w.tree)).sum(), w.ref)
+        if weakest <= 0:   # then nothing forces the loss up when that token's probability goes to 0
+            print(row + ("   no minimiser: the search runs away" if found.min() < -50 else "   none is sure to exist"))
+            break
+        print(f"{row} {low:8.4f} {divergence(found, w.ref, w.tree):8.4f} {probability(found, w.tree).max():15.4f}")
+    print("       on data: one state, tokens a b c, three of four labels say a beats b, c is never sampled")
+    ref = f64([0.4, 0.4, 0.2]).log()
+    dpo = (ref + f64([0.5, -0.5, 0.0]) * math.log(3)).log_softmax(-1)   # c's logit gets no gradient
+    rhat, weights = implicit_reward(dpo, ref, 1.0), f64([0.75, 0.25])
+
+    def loss(policy, alpha):   # a beats b, and b beats a
+        return (weights * tgdpo_loss(*[table[:2, None] if i % 2 == 0 else table[[1, 0], None]
+                                       for table in (policy, ref, rhat) for i in (0, 1)], 1.0, alpha)[0]).sum()
+    for alpha in (0.0, 0.1):
+        logits = dpo.clone().requires_grad_()
+        loss(logits.log_softmax(-1), alpha).backward()
+        by_hand = -alpha * rhat[:2].sum() * dpo[2].exp() * sum(
+            c * torch.sigmoid(-(guidance(rhat[i], alpha, +1) * rhat[i] - guidance(rhat[j], alpha, -1) * rhat[j]))
+            for c, i, j in ((0.75, 0, 1), (0.25, 1, 0)))
+        # (10b)  -dL / dz_c = -α β σ(-φ) (r̂_a + r̂_b) π(c) for a token c that neither response takes; 0 for DPO
+        print(f"(10b)  alpha {alpha}: force on the logit of c {-logits.grad[2] + 0.0:.4f} = {by_hand + 0.0:.4f}")
+        moved = [loss(dpo + torch.tensor([-nats, -nats, 0.0]), alpha).item() for nats in (0, 10, 100, 1000)]
+        print("       loss when a and b lose 0, 10, 100, 1000 nats to c:", *(f"{value:.4f}" for value in moved))
+
+
+def section_11(w):
+    print("11 RTO: the same token reward as a return, beta1 log pi_dpo / pi_ref against a KL of weight beta2 = 1")
+    sums = along(w.exact - w.ref, w.tree).sum(-1)                                       # log π_dpo / π_ref (y), (Y,)
+    end = torch.zeros_like(w.ref)
+    end[w.tree[0][:, -1], w.tree[1][:, -1]] = sums                                      # all of it on the last token
+    for beta1 in (0.5, 1.0, 2.0):
+        # (11a)  r(s,a) = β1 log π_dpo / π_ref, so that R(y) = β1 log π_dpo(y) / π_ref(y)
+        reward = implicit_reward(w.exact, w.ref, beta1)
+        best, last = [soft_optimum(w.ref, r, 1.0)[0] for r in (reward, beta1 * end)]
+        # (11b)  π(y) = π_ref(y)^(1 - β1/β2) π_dpo(y)^(β1/β2) / Z(x)
+        mixed = (w.p_ref.log() + beta1 * sums).softmax(-1)
+        print(f"(11b)  beta1 {beta1}: KL {divergence(best, w.ref, w.tree):.4f}; from (11b) "
+              f"{(probability(best, w.tree) - mixed).abs().max():.4f}, from the DPO model {apart(best, w.exact):.4f}, "
+              f"with all reward at the end {apart(best, last):.4f}")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1, help="which random language (default 1, derivation.md's)")
+    w = world(parser.parse_args(argv).seed)
+    for section in (section_1, section_2, section_3, section_4, section_5, section_6, section_7, section_8, section_9,
+                    section_10, section_11):
+        section(w)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
