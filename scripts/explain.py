@@ -3,6 +3,7 @@
 
     python scripts/explain.py              the numbers that derivation.md quotes, in a few seconds
     python scripts/explain.py --seed 7     another random language: what holds for all, and what for this one only
+    python scripts/explain.py --starts 12  section 10's minimisers from 12 other starts too: slower, and lower
 
 Tables are (S, A), states in the order of a heap: the root is 0, action a leads from state s to state A s + 1 + a, and
 what lies beyond the last step has value 0; here S = 40, A = 3. Y = 81 sequences of T = 4 tokens; `along` turns a table
@@ -116,11 +117,11 @@ def kl_weighted_policy(ref_logps, reward, beta, f):
     return policy(root(lambda value: policy(value).logsumexp(-1), low, high))
 
 
-def minimise(loss, start):
-    """L-BFGS over the logits of a table from a start -> (log_policy, the loss there)."""
+def minimise(loss, start, tolerance=1e-7):
+    """L-BFGS over the logits of a table from a start, to a gradient below tolerance -> (log_policy, the loss there)."""
     logits = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=2000, max_eval=4000, history_size=50, tolerance_grad=1e-8,
-                                  tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, max_eval=4000, history_size=50, tolerance_grad=tolerance,
+                                  tolerance_change=1e-14, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -150,7 +151,9 @@ def pair_losses(log_policy, ref_logps, rewards, beta, alpha, tree, sign=1):
 
 
 def treg_loss(chosen_ratios, rejected_ratios, chosen_rewards, rejected_rewards, beta, alpha):
-    """T-REG's loss (arXiv 2412.02685) of B pairs, log-ratios and rewards (B, T), w and r̂ detached -> (B,)."""
+    """T-REG's loss (arXiv 2412.02685) of B pairs, log-ratios and rewards (B, T), w and r̂ detached -> (B,).
+
+    ℓ stands in for log π, from which it differs by a constant: the same gradient."""
     phi = beta * chosen_ratios.sum(-1) - beta * rejected_ratios.sum(-1)
     weight = torch.sigmoid(-phi).detach()
     # (9a)  L = -log σ(φ_DPO) - α w Σ_t β r̂_t log π(y_t|s_t), over both responses, w = σ(-φ_DPO)
@@ -192,7 +195,7 @@ def section_2(w):
     print("2  sequence-level PPO: its optimum by enumeration and by ascent")
     # (2a)  π*(y) = π_ref(y) exp(R(y) / β) / Z(x), and max J = β log Z(x)
     best, log_Z = closed_form_policy(w.p_ref.log(), w.R, w.beta)
-    found, loss = minimise(lambda p: -objective(p, w.ref, w.reward, w.beta, w.tree), w.ref)
+    found, loss = minimise(lambda p: -objective(p, w.ref, w.reward, w.beta, w.tree), w.ref, 1e-5)
     print(f"(2a)   max J = beta log Z(x) = {w.beta * log_Z:.4f}; gradient ascent on (1b) reaches {-loss:.4f}")
     print(f"       the policies that they give differ by {(best.exp() - probability(found, w.tree)).abs().max():.4f}")
 
@@ -286,7 +289,7 @@ def section_7(w):
     # (7b)  argmin_θ -log σ(θ + δ1) - log σ(-θ + δ2) = (δ2 - δ1) / 2
     found = [theta[(F.softplus(-theta - delta) + F.softplus(theta)).argmin()] for delta in (1.0, 0.0)]
     print(f"(7b)   two pairs, phi = (theta, -theta), delta = (1, 0): theta {found[0]:.2f} = {(0 - 1) / 2:.2f} "
-          f"with delta, {found[1]:.2f} without")
+          f"with delta, {round(found[1].item(), 2) + 0.0:.2f} without")
     ref, reward = torch.full((3, 2), 0.5).double().log(), f64([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     tree, log_Z = sequences(2, 2), closed_form_policy(ref, reward, 1.0)[1]
     weights = pair_weights(probability(ref, tree), along(reward, tree).sum(-1))
@@ -328,11 +331,12 @@ def section_9(w):
         losses += [tgdpo_loss(policy[y], policy[z], ref[y], ref[z], rhat[y], rhat[z], w.beta, a)[0] for a in (0.3, 0.0)]
         treg, tgdpo = [torch.autograd.grad(loss, start, retain_graph=True)[0] for loss in losses[:2]]
         # (9b)  φ_TGDPO = φ_DPO + α β (Σ_t r̂_t ℓ_t over y_w + Σ_t r̂_t ℓ_t over y_l)
-        phi = [0.0 - loss.expm1().log() for loss in losses[1:]]
+        phi = [-loss.expm1().log() for loss in losses[1:]]
         moved = 0.3 * w.beta * ((rhat * ratios)[y].sum() + (rhat * ratios)[z].sum())
         # (9c)  grad L_TREG = σ(-φ_DPO) / σ(-φ_TGDPO) grad L_TGDPO
         scale = torch.sigmoid(-phi[1]) / torch.sigmoid(-phi[0])
-        print(f"(9b)   {name}: phi {phi[0].item():.4f} = {phi[1].item():.4f} + {moved.item():.4f}")
+        sides = [round(x.item(), 4) + 0.0 for x in (*phi, moved)]   # + 0.0 turns -0 into 0
+        print(f"(9b)   {name}: phi {sides[0]:.4f} = {sides[1]:.4f} {sides[2]:+.4f}")
         print(f"(9c)   {name}: the gradients' quotient is {(treg[0] / tgdpo[0])[0]:.4f} = {scale.item():.4f}; "
               f"over all logits it misses by {(treg - scale * tgdpo).abs().max():.4f}")
 
@@ -347,9 +351,10 @@ def section_10(w):
     for alpha in [0.0] + ALPHAS:
         weakest = 1 + alpha * rhat.min().item()
         row = f"       {alpha:7g} {alpha * rhat.abs().max():17.4f} {weakest:14.4f}"
-        found, low = minimise(lambda p: (w.weights * pair_losses(p, w.ref, rhat, w.beta, alpha, w.tree)).sum(), w.ref)
+        found, low = min((minimise(lambda p: (w.weights * pair_losses(p, w.ref, rhat, w.beta, alpha, w.tree)).sum(),
+                                   start) for start in [w.ref] + w.starts), key=lambda pair: pair[1])
         if weakest <= 0:   # then nothing forces the loss up when that token's probability goes to 0
-            print(row + ("   no minimiser: the search runs away" if found.min() < -50 else "   none is sure to exist"))
+            print(row + ("   none found: the search runs away" if found.min() < -50 else "   none is sure to exist"))
             break
         print(f"{row} {low:8.4f} {divergence(found, w.ref, w.tree):8.4f} {probability(found, w.tree).max():15.4f}")
     print("       on data: one state, tokens a b c, three of four labels say a beats b, c is never sampled")
@@ -389,9 +394,15 @@ def section_11(w):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="which random language (default 1, derivation.md's)")
-    w = world(parser.parse_args(argv).seed)
+    parser.add_argument("--starts", type=int, default=0, help="section 10: also search from so many random policies")
+    options = parser.parse_args(argv)
+    if options.seed < 0 or options.starts < 0:
+        parser.error(f"--seed is {options.seed}, --starts {options.starts}; expected numbers that are 0 or above")
+    torch.set_num_threads(1)   # the tables are tiny: threads would only wait for each other
+    w = world(options.seed)
+    w.starts = [(1, 3, 8)[i % 3] * language(1000 + i)[1] for i in range(options.starts)]
     for section in (section_1, section_2, section_3, section_4, section_5, section_6, section_7, section_8, section_9,
                     section_10, section_11):
         section(w)
