@@ -13,6 +13,7 @@ import argparse
 import itertools
 import math
 import random
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ ALPHAS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 # ------------------------------------------------------------------------------------------- a language small enough
 def f64(numbers):
+    """A float64 tensor of Python numbers, not rounded to float32 on the way."""
     return torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -175,6 +177,7 @@ def world(seed, beta=1.0):
 
 
 def J(w, log_policy):
+    """(1b) of a policy in the walk's language, a number."""
     return objective(log_policy, w.ref, w.reward, w.beta, w.tree).item()
 
 
@@ -184,7 +187,7 @@ def apart(a, b):
 
 
 def section_1(w):
-    print("1  one lemma: what a KL penalty asks for")
+    """one lemma: what a KL penalty asks for"""
     p, q, g = w.exact[0], w.ref[0], w.reward[0]
     best, log_Z = closed_form_policy(q, g, 1.0)
     # (1c)  E_p[ g - log p/q ] = log Z - KL(p || q exp(g) / Z)
@@ -192,7 +195,7 @@ def section_1(w):
 
 
 def section_2(w):
-    print("2  sequence-level PPO: its optimum by enumeration and by ascent")
+    """sequence-level PPO: its optimum by enumeration and by ascent"""
     # (2a)  π*(y) = π_ref(y) exp(R(y) / β) / Z(x), and max J = β log Z(x)
     best, log_Z = closed_form_policy(w.p_ref.log(), w.R, w.beta)
     found, loss = minimise(lambda p: -objective(p, w.ref, w.reward, w.beta, w.tree), w.ref, 1e-5)
@@ -201,7 +204,7 @@ def section_2(w):
 
 
 def section_3(w):
-    print("3  DPO")
+    """DPO"""
     # (3a)  R(y) = β log π*(y) / π_ref(y) + β log Z(x)
     R = implicit_reward(along(w.exact, w.tree).sum(-1), w.p_ref.log(), w.beta, log_Z=w.V[0] / w.beta)
     print(f"(3a)   the reward read off the optimal policy misses R(y) by at most {(R - w.R).abs().max():.4f}")
@@ -222,7 +225,7 @@ def bounds(ref_logps, reward, beta, tree):
 
 
 def section_4(w):
-    print("4  one problem for each token: Theorem 4.1, and what is lost when D is fixed")
+    """one problem for each token: Theorem 4.1, and what is lost when D is fixed"""
     best, right, fixed = bounds(w.ref, w.reward, w.beta, w.tree)
     print(f"(4.1)  Theorem 4.1: {best:.4f} <= {right:.4f}")
     # (4a)  J(π) = E_π Σ_t [ β log Z(s_t) - β KL(π || π_m)(s_t) ]: what is lost against π_m, state by state
@@ -238,7 +241,7 @@ def section_4(w):
 
 
 def section_5(w):
-    print("5  the exact optimum against the closed form of each state by itself")
+    """the exact optimum against the closed form of each state by itself"""
     print(f"(5b)   J: exact {J(w, w.exact):.4f}, myopic {J(w, w.myopic):.4f}, reference {J(w, w.ref):.4f}; "
           f"probabilities differ by up to {apart(w.exact, w.myopic):.4f}")
     # (5c)  r'(s,a) = r(s,a) + V(s') - V(s): the same sums but for V(x), and Z = 1 in every state
@@ -249,7 +252,7 @@ def section_5(w):
 
 
 def section_6(w):
-    print("6  the guided problem of one state, with f drawn between 0.2 and 2")
+    """the guided problem of one state, with f drawn between 0.2 and 2"""
     rng = random.Random(w.seed + 1)
     f = f64([[rng.uniform(0.2, 2) for _ in row] for row in w.ref])
     policy, log_Z = closed_form_policy(w.ref, w.reward, w.beta, f)
@@ -268,7 +271,7 @@ def section_6(w):
 
 
 def section_7(w):
-    print("7  Bradley-Terry: what dropping delta does")
+    """Bradley-Terry: what dropping delta does"""
     rng = random.Random(w.seed + 2)
     g = f64([[rng.uniform(-0.5, 0.5) for _ in row] for row in w.ref])
     for alpha, name in ((0.0, "f = 1     "), (1.0, "f = f(s,a)")):
@@ -278,13 +281,12 @@ def section_7(w):
 
         def loss(log_policy):
             return (w.weights * pair_losses(log_policy, w.ref, g, w.beta, alpha, w.tree, sign=-1)).sum()
-        without, exact = minimise(loss, w.ref)[0], consistent_policy(w.ref, w.reward, w.beta, f)
+        without, consistent = minimise(loss, w.ref)[0], consistent_policy(w.ref, w.reward, w.beta, f)
         # (4.4b)  δ = Σ_t β f_w log Z(s_t) over y_w - Σ_t β f_l log Z(s_t) over y_l: log Z where φ has ℓ = log π - ...
         kept, _ = minimise(lambda log_policy: loss(log_policy + log_Z[:, None]), w.ref)
         for tag, title, found in (("(7a)", "with delta   ", kept), ("(7c)", "without delta", without)):
             print(f"{tag}   {name} {title}: from the myopic policy {apart(found, myopic):.4f}, from the exact optimum "
-                  f"{apart(found, w.exact):.4f}, from (7c) "
-                  f"{apart(found, exact):.4f}")
+                  f"{apart(found, w.exact):.4f}, from (7c) {apart(found, consistent):.4f}")
     theta = torch.linspace(-1, 1, 20001, dtype=torch.float64)
     # (7b)  argmin_θ -log σ(θ + δ1) - log σ(-θ + δ2) = (δ2 - δ1) / 2
     found = [theta[(F.softplus(-theta - delta) + F.softplus(theta)).argmin()] for delta in (1.0, 0.0)]
@@ -301,7 +303,7 @@ def section_7(w):
 
 
 def section_8(w):
-    print("8  the practical f, and the force on a token (beta 1, alpha 0.5, at pi = pi_ref)")
+    """the practical f, and the force on a token (beta 1, alpha 0.5, at pi = pi_ref)"""
     zero = torch.zeros(1, 1).double()
     for r in f64([0.6, -0.6, 3.0, -3.0]):
         logps = torch.zeros(2, 1, 1).double().requires_grad_()
@@ -319,7 +321,7 @@ def section_8(w):
 
 
 def section_9(w):
-    print("9  T-REG and TGDPO are one gradient (the sequences of largest and of smallest R)")
+    """T-REG and TGDPO are one gradient (the sequences of largest and of smallest R)"""
     rng = random.Random(w.seed + 3)
     logits = f64([[rng.gauss(0, 1) for _ in row] for row in w.ref]).requires_grad_()
     rhat = along(implicit_reward(w.exact, w.ref, w.beta), w.tree)
@@ -342,7 +344,7 @@ def section_9(w):
 
 
 def section_10(w):
-    print("10 how large alpha rhat may be: the minimiser over all pairs, with rhat from the exact DPO model")
+    """how large alpha rhat may be: the minimiser over all pairs, with rhat from the exact DPO model"""
     rhat = implicit_reward(w.exact, w.ref, w.beta)
     # (10a)  E_{a~π_ref}[ r̂(s,a) ] = -β KL(π_ref || π_rm)(s), never above 0
     mean, kl = (w.ref.exp() * rhat).sum(-1)[0], (w.ref.exp() * (w.ref - w.exact)).sum(-1)[0]
@@ -362,9 +364,9 @@ def section_10(w):
     dpo = (ref + f64([0.5, -0.5, 0.0]) * math.log(3)).log_softmax(-1)   # c's logit gets no gradient
     rhat, weights = implicit_reward(dpo, ref, 1.0), f64([0.75, 0.25])
 
-    def loss(policy, alpha):   # a beats b, and b beats a
-        return (weights * tgdpo_loss(*[table[:2, None] if i % 2 == 0 else table[[1, 0], None]
-                                       for table in (policy, ref, rhat) for i in (0, 1)], 1.0, alpha)[0]).sum()
+    def loss(policy, alpha):   # two pairs of one token: a beats b, and b beats a
+        pairs = [table[order, None] for table in (policy, ref, rhat) for order in ([0, 1], [1, 0])]     # (B, 1) each
+        return (weights * tgdpo_loss(*pairs, 1.0, alpha)[0]).sum()
     for alpha in (0.0, 0.1):
         logits = dpo.clone().requires_grad_()
         loss(logits.log_softmax(-1), alpha).backward()
@@ -373,12 +375,12 @@ def section_10(w):
             for c, i, j in ((0.75, 0, 1), (0.25, 1, 0)))
         # (10b)  -dL / dz_c = -α β σ(-φ) (r̂_a + r̂_b) π(c) for a token c that neither response takes; 0 for DPO
         print(f"(10b)  alpha {alpha}: force on the logit of c {-logits.grad[2] + 0.0:.4f} = {by_hand + 0.0:.4f}")
-        moved = [loss(dpo + torch.tensor([-nats, -nats, 0.0]), alpha).item() for nats in (0, 10, 100, 1000)]
+        moved = [loss(dpo + f64([-nats, -nats, 0.0]), alpha).item() for nats in (0, 10, 100, 1000)]
         print("       loss when a and b lose 0, 10, 100, 1000 nats to c:", *(f"{value:.4f}" for value in moved))
 
 
 def section_11(w):
-    print("11 RTO: the same token reward as a return, beta1 log pi_dpo / pi_ref against a KL of weight beta2 = 1")
+    """RTO: the same token reward as a return, beta1 log pi_dpo / pi_ref against a KL of weight beta2 = 1"""
     sums = along(w.exact - w.ref, w.tree).sum(-1)                                       # log π_dpo / π_ref (y), (Y,)
     end = torch.zeros_like(w.ref)
     end[w.tree[0][:, -1], w.tree[1][:, -1]] = sums                                      # all of it on the last token
@@ -394,7 +396,9 @@ def section_11(w):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print all sections of derivation.md."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="which random language (default 1, derivation.md's)")
     parser.add_argument("--starts", type=int, default=0, help="section 10: also search from so many random policies")
     options = parser.parse_args(argv)
@@ -403,10 +407,14 @@ def main(argv):
     torch.set_num_threads(1)   # the tables are tiny: threads would only wait for each other
     w = world(options.seed)
     w.starts = [(1, 3, 8)[i % 3] * language(1000 + i)[1] for i in range(options.starts)]
-    for section in (section_1, section_2, section_3, section_4, section_5, section_6, section_7, section_8, section_9,
-                    section_10, section_11):
+    sections = (section_1, section_2, section_3, section_4, section_5, section_6, section_7, section_8, section_9,
+                section_10, section_11)
+    for number, section in enumerate(sections, 1):
+        print(f"{number:<2} {section.__doc__}")
         section(w)
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` is no error
     main(sys.argv[1:])
