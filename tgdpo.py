@@ -53,13 +53,11 @@ from typing import Literal
 import datasets
 import jinja2
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import yaml
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -736,6 +734,7 @@ def save_model(model, tokenizer, folder):
 def training_state(model, optimizer, scheduler, step, window):
     """All that the next step depends on. The data position is the step itself (pairs_of_step); window holds what
     summarize has not yet written: the metrics of the pairs since the last row."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict   # half a second that only checkpoints need
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments, "rng": torch.get_rng_state(),
             "trainer": json.dumps({"scheduler": scheduler.state_dict(), "step": step, "window": window})}
@@ -743,6 +742,7 @@ def training_state(model, optimizer, scheduler, step, window):
 
 def save_checkpoint(folder, *state):
     """Write training_state(*state) beside and rename it, so that a kill at any moment leaves a usable checkpoint."""
+    import torch.distributed.checkpoint as dcp
     beside = folder.with_name(folder.name + ".saving")
     shutil.rmtree(beside, ignore_errors=True)
     dcp.save(training_state(*state), checkpoint_id=beside, no_dist=True)
@@ -759,6 +759,8 @@ def load_checkpoint(folder, model, optimizer, scheduler):
     """Restore the newest checkpoint -> (step, window), and cut the metrics after it; (0, {}) where there is none."""
     path, trainer = newest_checkpoint(folder), {"step": 0, "window": {}}
     if path is not None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
         state = training_state(model, optimizer, scheduler, **trainer)
         with reading(f"{path}"):
             dcp.load(state, checkpoint_id=path, no_dist=True)

@@ -120,19 +120,33 @@ def kl_weighted_policy(ref_logps, reward, beta, f):
 
 
 def minimise(loss, start, tolerance=1e-7):
-    """L-BFGS over the logits of a table from a start, to a gradient below tolerance -> (log_policy, the loss there)."""
-    logits = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=2000, max_eval=4000, history_size=50, tolerance_grad=tolerance,
-                                  tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    """BFGS over the logits of a table, until no gradient is above tolerance -> (log_policy, the loss there).
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(logits.log_softmax(-1))
-        value.backward()
-        return value
-    optimizer.step(closure)
-    log_policy = logits.detach().log_softmax(-1)
-    return log_policy, loss(log_policy).item()
+    Not torch.optim.LBFGS: 120 numbers are few enough for the full matrix, and torch.optim takes half a second to load.
+    """
+    def measure(x):
+        x = x.detach().requires_grad_()
+        value = loss(x.view_as(start).log_softmax(-1))
+        return value.item(), torch.autograd.grad(value, x)[0]
+
+    x, inverse = start.detach().flatten(), None                                         # inverse Hessian, (S A, S A)
+    value, gradient = measure(x)
+    for _ in range(1000):
+        step = -gradient / gradient.norm() if inverse is None else -inverse @ gradient
+        slope = step @ gradient
+        if gradient.abs().max() < tolerance or slope > -1e-18:
+            break
+        while (new := measure(x + step))[0] > value + 1e-4 * slope and slope < -1e-18:   # backtracking
+            step, slope = step / 2, slope / 2
+        turned = new[1] - gradient
+        x, (value, gradient), curved = x + step, new, step @ turned
+        if curved > 1e-12 * step.norm() * turned.norm():
+            inverse = torch.eye(len(x), dtype=x.dtype) * curved / (turned @ turned) if inverse is None else inverse
+            h = inverse @ turned
+            inverse = (inverse + (1 + turned @ h / curved) * torch.outer(step, step) / curved
+                       - (torch.outer(h, step) + torch.outer(step, h)) / curved)
+    log_policy = x.view_as(start).log_softmax(-1)
+    return log_policy, value
 
 
 def pair_weights(probabilities, totals):
