@@ -122,7 +122,7 @@ def kl_weighted_policy(ref_logps, reward, beta, f):
 def minimise(loss, start, tolerance=1e-7):
     """BFGS over the logits of a table, until no gradient is above tolerance -> (log_policy, the loss there).
 
-    Not torch.optim.LBFGS: 120 numbers are few enough for the full matrix, and torch.optim takes half a second to load.
+    Not torch.optim.LBFGS: 120 numbers are few enough for the full matrix, and torch.optim first loads torch._dynamo.
     """
     def measure(x):
         x = x.detach().requires_grad_()
@@ -296,7 +296,7 @@ def section_7(w):
         def loss(log_policy):
             return (w.weights * pair_losses(log_policy, w.ref, g, w.beta, alpha, w.tree, sign=-1)).sum()
         without, consistent = minimise(loss, w.ref)[0], consistent_policy(w.ref, w.reward, w.beta, f)
-        # (4.4b)  δ = Σ_t β f_w log Z(s_t) over y_w - Σ_t β f_l log Z(s_t) over y_l: log Z where φ has ℓ = log π - ...
+        # (4.4b)  δ = Σ_t β f_w log Z(s_t) over y_w - Σ_t β f_l log Z(s_t) over y_l: log Z in the place of ℓ
         kept, _ = minimise(lambda log_policy: loss(log_policy + log_Z[:, None]), w.ref)
         for tag, title, found in (("(7a)", "with delta   ", kept), ("(7c)", "without delta", without)):
             print(f"{tag}   {name} {title}: from the myopic policy {apart(found, myopic):.4f}, from the exact optimum "

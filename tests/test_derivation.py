@@ -23,12 +23,9 @@ from tgdpo import closed_form_policy, implicit_reward, tgdpo_loss, token_ppo_obj
 ROOT = Path(tgdpo.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import explain
+from explain import f64
 
 TEXT = (ROOT / "derivation.md").read_text()
-
-
-def f64(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------ plain Python, no tensors
@@ -233,8 +230,10 @@ def test_sequence_level_ppo(tree):
     close(policy.exp(), want)
     sums = implicit_reward(f64(want).log(), f64(p_ref).log(), tree.beta, 1.0, log_Z)
     close(sums, tree.R)
-    found = optimise(lambda p: -explain.objective(p, ref, reward, tree.beta, tree.tree), ref)
-    assert tree.J(tree.back(found)) == pytest.approx(tree.beta * math.log(Z), abs=1e-3)
+    found = ref
+    for _ in range(3):  # J is flat where the policy seldom goes: L-BFGS stops there, and goes on when it starts anew
+        found = optimise(lambda p: -explain.objective(p, ref, reward, tree.beta, tree.tree), found)
+    assert tree.J(tree.back(found)) == pytest.approx(tree.beta * math.log(Z), abs=1e-6)
 
 
 def test_soft_value_iteration(tree):

@@ -50,7 +50,7 @@ def test_dpo_by_hand_and_alpha_0_is_dpo_to_the_bit():
 
 
 def test_simpo_by_hand():
-    """(3d): chosen log-probs -1 -2 -3 (mean -2), rejected -4 -2 (mean -3), beta 2, gamma 0.5: phi = 2 * 1 - 0.5 = 1.5."""
+    """(3d): chosen log-probs -1 -2 -3 (mean -2), rejected -4 -2 (mean -3), beta 2, gamma 0.5: phi = 2 - 0.5 = 1.5."""
     chosen, rejected = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-4.0, -2.0, 0.0]])
     masks = torch.tensor([[True, True, True]]), torch.tensor([[True, True, False]])
     losses, chosen_scores, rejected_scores = simpo_loss(chosen, rejected, *masks, beta=2.0, gamma=0.5)
@@ -113,7 +113,7 @@ def test_two_pairs_equal_each_pair_alone():
     ],
 )
 def test_gradient_of_each_token_in_the_four_cases(alpha_r, winner, loser):
-    """(8d): d loss / d log pi_t = -sigma(-phi) beta f_w on the winner and +sigma(-phi) beta f_l on the loser; at pi = ref
+    """(8d): d loss / d log pi_t is -sigma(-phi) beta f_w on the winner, +sigma(-phi) beta f_l on the loser; at pi = ref
     sigma(-phi) = 1/2, so with beta = 2 the gradients are -f_w = -(1 + alpha r) and f_l = 1 - alpha r."""
     logps = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
     zeros, r = torch.zeros(1, 1), torch.full((1, 1), alpha_r / 0.5)
