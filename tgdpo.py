@@ -31,6 +31,7 @@ Shapes stand beside tensors: B pairs; N sequences (the chosen ones first, then t
 padded sequence; R tokens of a padded response; M response tokens in all; H hidden size; V vocabulary.
 """
 import difflib
+import gc
 import gzip
 import hashlib
 import json
@@ -46,13 +47,15 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import jinja2
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import yaml
@@ -117,6 +120,7 @@ class Options:
     dtype: Literal["bfloat16", "float32"] | None = option(None, "compute type; none: bfloat16 on CUDA, else float32")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
+    hsdp: bool = option(False, "torchrun on several machines: shard inside each of them, replicate across them")
     seed: int = option(42, "seed of the order of the pairs and of everything drawn")
     output_dir: str | None = option(None, "where the run is written, new or empty; none: runs/<time>")
     cache_dir: str = option("~/.cache/tgdpo", "where annotations are kept for later runs")
@@ -129,7 +133,8 @@ NEW_TOKENS = 32   # the longest response that the tiny mode draws
 # Numbers that may be 0; all others must be above it (but gamma and max_steps, which have rules of their own).
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and what is reported, not what is learned.
-MAY_CHANGE = "resume output_dir cache_dir device gradient_checkpointing save_steps eval_steps logging_steps".split()
+MAY_CHANGE = ("resume output_dir cache_dir device hsdp gradient_checkpointing save_steps eval_steps logging_steps "
+              "per_device_train_batch_size gradient_accumulation_steps").split()   # of the last two the product stays
 
 
 def read_options(argv):
@@ -150,7 +155,8 @@ def read_options(argv):
             fail(f"{argv[0]}: expected a file that maps option names to values, one a line, such as 'beta: 0.1'")
         argv = [f"--{key}={value}" for key, value in values.items() if value is not None] + argv[1:]
     if not any(arg.split("=")[0].replace("-", "_") == "__model_name_or_path" for arg in argv):
-        parser.set_defaults(**TINY)
+        batch = TINY["per_device_train_batch_size"] // world()   # the same steps on any number of processes
+        parser.set_defaults(**TINY | {"per_device_train_batch_size": max(1, batch)})
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Options)], 1)
@@ -159,7 +165,10 @@ def read_options(argv):
     o = Options(**vars(values))
     for name in ("model_name_or_path", "ref_model", "reward_model", "dataset", "output_dir", "cache_dir"):
         setattr(o, name, getattr(o, name) and os.path.expanduser(getattr(o, name)))   # in a file no shell does it
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # one GPU for each process
+    here = ["cuda"] * (torch.cuda.is_available() and enough) + ["cpu"]
+    if torch.backends.mps.is_available() and not dist.is_initialized():
+        here.insert(0, "mps")
     check_options(o, here)
     o.device = here[0] if o.device == "auto" else o.device
     o.dtype = o.dtype or ("bfloat16" if o.device == "cuda" else "float32")
@@ -184,11 +193,18 @@ def check_options(o, devices):
     need("max_steps", o.max_steps == -1 or o.max_steps > 0, "-1 or a number above 0")
     need("seed", o.seed < 2**32, "below 2**32")
     need("eval_size", o.eval_size < 1 or o.eval_size == int(o.eval_size), "a share below 1 or a whole number")
-    need("device", o.device in ["auto", *devices], f"auto or {' or '.join(devices)}, which is what torch finds here")
+    need("device", o.device in ["auto", *devices],
+         f"auto or {' or '.join(devices)}, which is what torch finds here (one GPU for each process of a machine)")
     need("dataset", o.dataset or not o.model_name_or_path, "preference pairs for --model_name_or_path")
     need("output_dir", o.output_dir or not o.resume, "the directory of the run that --resume shall continue")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("found several processes; one is supported so far: torchrun --nproc_per_node 1 tgdpo.py")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    need("hsdp", not o.hsdp or (world() > local and world() % local == 0),
+         "torchrun on several machines with the same number of processes, such as --nnodes 2 --nproc_per_node 8")
+
+
+def batch_size(options):
+    """Pairs in one optimizer step."""
+    return options.per_device_train_batch_size * options.gradient_accumulation_steps * world()
 
 
 # ------------------------------------------------------------------------------------------------ 3. the mathematics
@@ -597,7 +613,7 @@ def tiny_language_model(sequences, tokenizer, options, folder):
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=options.max_length, n_embd=128, n_layer=2, n_head=4, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = prepare_model(transformers.GPT2LMHeadModel(config), options)
+    model = prepare_model(transformers.GPT2LMHeadModel(config), options).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     scheduler = get_scheduler("cosine", optimizer, TINY_STEPS // 10, TINY_STEPS)
     size = max(4, 1600 * len(sequences) // sum(map(len, sequences)))   # about 1600 tokens a step
@@ -610,14 +626,14 @@ def tiny_language_model(sequences, tokenizer, options, folder):
         scheduler.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    save_model(model, tokenizer, folder)
+    write_model(model, tokenizer, folder)
 
 
 @torch.no_grad()
 def sample(path, prompts, options, tokenizer, title):
     """A response to each prompt, drawn from a model at temperature 1: lists of prompt ids -> lists of response ids."""
     torch.manual_seed(options.seed)
-    model = load_model(path, options).eval()
+    model = read_model(path).to(options.device).eval()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     settings = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True, top_k=0,
                                              max_new_tokens=NEW_TOKENS)
@@ -644,7 +660,100 @@ def tiny_pairs(path, tokenizer, options, file):
     write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ---------------------------------------------------------------------------- 8. models and runs: load, save, resume
+# --------------------------------------------------------- 8. processes, models and runs: shard, load, save, resume
+def rank():
+    """The number of this process among those that torchrun started, 0 of 1 without it; rank 0 writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@lru_cache
+def patient_group():
+    """All ranks, for waiting on rank 0: tokenizing, or writing a model, takes longer than a collective may."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def once(work, *args, **kwargs):
+    """work(*args, **kwargs), done by rank 0 alone -> its result, on all ranks. Where it fails, the others leave."""
+    if not dist.is_initialized():
+        return work(*args, **kwargs)
+    box = [None, None]   # the result, or the exit status
+    try:
+        if rank() == 0:
+            box[0] = work(*args, **kwargs)
+    except BaseException as e:
+        box[1] = getattr(e, "code", 2 if isinstance(e, InputError) else 1)
+        raise
+    finally:
+        dist.broadcast_object_list(box, src=0, group=patient_group())
+    if box[1] is not None:
+        raise SystemExit(box[1])   # rank 0 says why
+    return box[0]
+
+
+def gather(value):
+    """What each rank has -> the list of it by rank, on all ranks."""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=patient_group())
+    return values
+
+
+def check_same(what, value):
+    """Raise InputError, on all ranks, where a rank has another value than rank 0."""
+    values = gather(value)
+    for other, theirs in enumerate(values):
+        if theirs != values[0]:
+            raise InputError(f"rank {other} has other {what} than rank 0: {theirs} and {values[0]}; expected the same "
+                             "on all ranks")
+
+
+def start_processes():
+    """Join the other processes, if torchrun started this one: NCCL between GPUs, gloo between CPUs -> whether it did."""
+    if dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return False
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local < gpus:
+        torch.cuda.set_device(local)   # from here on "cuda" is this one
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return True
+
+
+def finish_processes():
+    """Leave together: a process that ends while another still talks to it can abort that one at exit."""
+    dist.monitored_barrier(patient_group(), timedelta(seconds=30))
+    dist.destroy_process_group()
+
+
+@lru_cache
+def device_mesh(device, hsdp):
+    """All ranks in a row; with hsdp a row for each machine: weights are sharded along rows and equal in all of them."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if hsdp:
+        return dist.init_device_mesh(device, (world() // local, local), mesh_dim_names=("replicate", "shard"))
+    return dist.init_device_mesh(device, (world(),))
+
+
+def shard(model, options):
+    """FSDP2: each rank keeps a part of every weight, of its gradient and of AdamW's state, in float32. The weights of a
+    block are gathered in the compute type while the block runs, gradients are averaged over ranks in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, options.dtype), reduce_dtype=torch.float32)
+    for module in [*model.modules()]:
+        if type(module).__name__ in (model._no_split_modules or ()):   # the transformer's blocks
+            fully_shard(module, mesh=device_mesh(options.device, options.hsdp), mp_policy=policy)
+    # What is left is one unit: embedding and head, which may be one and the same tensor, and the last norm.
+    fully_shard(model, mesh=device_mesh(options.device, options.hsdp), mp_policy=policy)
+    model.token_logps = partial(token_logps, model)   # without autocast: the policy has cast already
+    register_fsdp_forward_method(model, "token_logps")   # gathers the last unit when this method runs
+
+
 def model_folder(name):
     """The local directory of a model; a hub name is downloaded once, weights as safetensors only."""
     if os.path.isdir(name):
@@ -666,8 +775,8 @@ def load_config(name):
         return AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False).get_text_config()
 
 
-def load_model(name, options):
-    """A causal language model from safetensors, its weights in float32, ready for token_logps."""
+def read_model(name):
+    """A causal language model from safetensors, in float32, on the CPU."""
     with reading(f"model {name}"):
         model, report = AutoModelForCausalLM.from_pretrained(
             model_folder(name), dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
@@ -678,19 +787,49 @@ def load_model(name, options):
         model.generation_config.validate(strict=True)
     except ValueError:   # a temperature without sampling, say: published so, but save_pretrained would refuse it
         model.generation_config.do_sample = True
-    return prepare_model(model, options)
+    return model
 
 
 def prepare_model(model, options):
-    """Move a model to its device, in train mode (gradient checkpointing asks for it) with every dropout at 0, so that
-    the policy and the reference run the same forward. Dropout sits in nn.Dropout modules and in float attributes."""
+    """Give a model its method token_logps, in train mode (gradient checkpointing asks for it) with every dropout at 0,
+    so that the policy and the reference run the same forward. Dropout sits in modules and in float attributes."""
     for module in model.modules():
         dropouts = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in dropouts + ["p"] * isinstance(module, torch.nn.Dropout):
             setattr(module, name, 0.0)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return model.to(options.device).train()
+    model.token_logps = partial(token_logps, model, dtype=options.dtype)
+    return model.train()
+
+
+def load_model(name, options):
+    """A model with the method token_logps, weights in float32: on the device, or sharded over the ranks of torchrun.
+
+    Only rank 0 reads the weights, into host memory; tensor by tensor each rank takes its part of them.
+    """
+    gc.collect()   # models hold themselves in cycles: the one before goes now
+    torch.cuda.empty_cache()
+    if not dist.is_initialized():
+        return prepare_model(read_model(name), options).to(options.device)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    weights = {}   # filled on rank 0 alone
+
+    def read():
+        """What the other ranks need to build the same model, empty. Some buffers are in no file: they travel here."""
+        model = read_model(name)
+        weights.update(model.state_dict())
+        return model.config, model.generation_config, dict(model.named_buffers())
+    config, generation_config, buffers = once(read)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config = generation_config
+    shard(prepare_model(model, options), options)
+    model.to_empty(device=options.device)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for key, buffer in model.named_buffers():
+        buffer.copy_(buffers[key])
+    return model
 
 
 def check_models(names, tokenizer, pairs):
@@ -720,15 +859,26 @@ def record(folder, **values):
     write(file, json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values, indent=1) + "\n")
 
 
-def save_model(model, tokenizer, folder):
+def write_model(model, tokenizer, folder, weights=None):
     """Write a Hugging Face directory: beside, then moved in; config.json comes last and marks it complete."""
     beside = folder / "model.saving"
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+    model.save_pretrained(beside, state_dict=weights, max_shard_size="5GB")
     tokenizer.save_pretrained(beside)
     for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(folder / file.name)
     beside.rmdir()
+
+
+def save_model(model, tokenizer, folder):
+    """write_model; the weights of a sharded model are gathered on rank 0, in host memory."""
+    weights = None
+    if dist.is_initialized():
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        twice = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+        weights = {name: value for name, value in weights.items() if name not in twice}   # tied to one that is there
+    once(write_model, model, tokenizer, folder, weights)
 
 
 def training_state(model, optimizer, scheduler, step, window):
@@ -744,9 +894,9 @@ def save_checkpoint(folder, *state):
     """Write training_state(*state) beside and rename it, so that a kill at any moment leaves a usable checkpoint."""
     import torch.distributed.checkpoint as dcp
     beside = folder.with_name(folder.name + ".saving")
-    shutil.rmtree(beside, ignore_errors=True)
-    dcp.save(training_state(*state), checkpoint_id=beside, no_dist=True)
-    beside.rename(folder)
+    once(shutil.rmtree, beside, ignore_errors=True)
+    dcp.save(training_state(*state), checkpoint_id=beside, no_dist=not dist.is_initialized())
+    once(beside.rename, folder)
 
 
 def newest_checkpoint(folder):
@@ -757,22 +907,26 @@ def newest_checkpoint(folder):
 
 def load_checkpoint(folder, model, optimizer, scheduler):
     """Restore the newest checkpoint -> (step, window), and cut the metrics after it; (0, {}) where there is none."""
-    path, trainer = newest_checkpoint(folder), {"step": 0, "window": {}}
+    path, trainer = once(newest_checkpoint, folder), {"step": 0, "window": {}}
     if path is not None:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
         state = training_state(model, optimizer, scheduler, **trainer)
         with reading(f"{path}"):
-            dcp.load(state, checkpoint_id=path, no_dist=True)
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         torch.set_rng_state(state["rng"])
         trainer = json.loads(state["trainer"])
         scheduler.load_state_dict(trainer["scheduler"])
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer["step"]]   # } : whole
-    write(metrics, "".join(row + "\n" for row in rows))
+    once(cut_metrics, folder / "metrics.jsonl", trainer["step"])
     return trainer["step"], trainer["window"]
+
+
+def cut_metrics(file, step):
+    """Drop the rows after a step, and what is left of a row that was being written."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write(file, "".join(row + "\n" for row in rows))
 
 
 def open_folder(folder, options):
@@ -823,8 +977,8 @@ def model_fingerprint(name):
 
 
 def pairs_fingerprint(pairs):
-    """Of the pairs' tokens, and of the token rewards among their columns."""
-    names, sha = [name for name in pairs.column_names if name.endswith(("_ids", "_rewards"))], hashlib.sha256()
+    """Of the pairs' tokens, and of the per-token columns that were joined to them."""
+    names, sha = [name for name in pairs.column_names if name != "index"], hashlib.sha256()
     for row in pairs.select_columns(names):
         sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]
@@ -832,23 +986,24 @@ def pairs_fingerprint(pairs):
 
 @torch.no_grad()
 def token_columns(name, pairs, options, title):
-    """Token log-probs of a frozen model by training's own forward: for each side, one list of floats a pair."""
-    model, size = load_model(name, options), options.per_device_train_batch_size
+    """Token log-probs of a frozen model by training's own forward: for each side, one array of floats a pair."""
+    model, size = load_model(name, options), options.per_device_train_batch_size * world()
     sides = [side for side in ("chosen_ids", "rejected_ids") if side in pairs.column_names]
     lengths = [len(prompt) + max(map(len, ids)) for prompt, *ids in zip(*[pairs[k] for k in ["prompt_ids"] + sides])]
     order = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)   # similar lengths share a batch
-    columns = [[None] * len(pairs) for _ in sides]
-    for start in tqdm(range(0, len(order), size), desc=title, disable=None):
-        indices = order[start:start + size]
-        rows = pairs[indices]
+    share = {}   # pairs of this rank -> the log-probs of their sides
+    for start in tqdm(range(0, len(order), size), desc=title, disable=rank() > 0 or None):
+        mine = order[start:start + size][rank()::world()]
+        rows = pairs[mine or order[:1]]   # all ranks run equally often, if need be for nothing
         batch = collate(rows, model.device)
-        logps = token_logps(model, batch["input_ids"], batch["response_mask"], options.dtype).tolist()
-        for column, side, values in zip(columns, sides, (logps[:len(indices)], logps[len(indices):])):
-            for i, padded, ids in zip(indices, values, rows[side]):
-                column[i] = padded[:len(ids)]
-                if not math.isfinite(sum(padded)):
-                    raise FloatingPointError(f"{title}: a log-prob of model {name} for pair {i} is not finite")
-    return columns
+        logps = model.token_logps(batch["input_ids"], batch["response_mask"]).cpu().double().numpy()    # (N, R)
+        for k, i in enumerate(mine):
+            share[i] = [logps[k + j * len(mine), :len(rows[side][k])] for j, side in enumerate(sides)]
+    found = {i: values for part in gather(share) for i, values in part.items()}
+    for i in range(len(pairs)):
+        if not math.isfinite(sum(map(sum, found[i]))):
+            raise FloatingPointError(f"{title}: a log-prob of model {name} for pair {i} is not finite")
+    return [[found[i][j] for i in range(len(pairs))] for j in range(len(sides))]
 
 
 def annotate(name, pairs, options, title):
@@ -857,12 +1012,19 @@ def annotate(name, pairs, options, title):
     What is kept are raw log-probs, without any beta: no option of the loss can make them stale.
     """
     pairs = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    store = Path(options.cache_dir) / f"{model_fingerprint(name)}-{pairs_fingerprint(pairs)}-{options.dtype}"
-    if store.is_dir():
+    kind = options.dtype + "-sharded" * (dist.is_initialized() and options.dtype == "bfloat16")   # it rounds elsewhere
+    store = Path(options.cache_dir) / f"{once(model_fingerprint, name)}-{pairs_fingerprint(pairs)}-{kind}"
+    saved = once(lambda: datasets.load_from_disk(str(store), keep_in_memory=True) if store.is_dir() else None)
+    if saved is not None:
         print(f"{title}: log-probs from the cache, {store}")
-        saved = datasets.load_from_disk(str(store))
-        return saved["chosen"][:], saved["rejected"][:]
+        return [list(saved.with_format("numpy", dtype="float64")[side]) for side in ("chosen", "rejected")]
     columns = token_columns(name, pairs, options, title)
+    once(write_columns, store, columns)
+    return columns
+
+
+def write_columns(store, columns):
+    """Keep what token_columns returned as a data set, float32, written beside and renamed."""
     kinds = datasets.Features({side: datasets.List(datasets.Value("float32")) for side in ("chosen", "rejected")})
     beside = store.with_name(f"{store.name}.{os.getpid()}.saving")
     datasets.Dataset.from_dict(dict(zip(kinds, columns)), kinds).save_to_disk(str(beside))
@@ -870,7 +1032,6 @@ def annotate(name, pairs, options, title):
         beside.rename(store)
     except OSError:   # another run has just written the same
         shutil.rmtree(beside)
-    return columns
 
 
 def add_columns(pairs, name, columns):
@@ -882,7 +1043,7 @@ def add_columns(pairs, name, columns):
 
 def forward(model, batch, options):
     """A batch through the policy and the loss -> (losses (B,), {metric: (B,), detached})."""
-    logps = token_logps(model, batch["input_ids"], batch["response_mask"], options.dtype)               # (N, R)
+    logps = model.token_logps(batch["input_ids"], batch["response_mask"])                               # (N, R)
     places = response_places(batch["response_mask"])                                                    # (N, R)
     chosen_logps, rejected_logps = logps.chunk(2)                                                       # (B, R) each
     if options.loss == "simpo":
@@ -894,7 +1055,8 @@ def forward(model, batch, options):
         losses, chosen, rejected = tgdpo_loss(chosen_logps, rejected_logps, *batch["ref_logps"].chunk(2),
                                               *rewards.chunk(2), options.beta, options.alpha, floor)
     metrics = {"loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
-               "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
+               "rewards/margins": chosen - rejected,
+               "rewards/accuracies": (chosen - rejected > 1e-5).float(),   # at the start all are 0, but for rounding
                "logps/chosen": chosen_logps.detach().sum(-1), "logps/rejected": rejected_logps.detach().sum(-1)}
     if options.loss == "tgdpo":   # f of both responses of a pair, side by side
         sides = torch.tensor([1.0, -1.0], device=logps.device).repeat_interleave(len(losses))[:, None]  # (N, 1)
@@ -908,20 +1070,27 @@ def forward(model, batch, options):
 
 
 def pass_over(model, pairs, options, learn):
-    """Pairs through the loss, in micro-batches -> {metric: one value a pair}; with learn, their gradient accumulates.
+    """Pairs through the loss, in micro-batches, each rank its share -> {metric: one value a pair}, on all ranks; with
+    learn, their gradient accumulates.
 
     A micro-batch's losses are divided by the number of all pairs here, so any split gives one large batch's gradient.
     """
-    table = {}
-    for start in range(0, len(pairs), options.per_device_train_batch_size):
-        rows = pairs[start:start + options.per_device_train_batch_size]
+    table, size = {}, options.per_device_train_batch_size
+    mine = pairs.select(range(rank(), len(pairs), world()))
+    for start in range(0, math.ceil(len(pairs) / world()), size):
+        spare = start >= len(mine)   # all ranks must run equally often: one without pairs runs one again, for nothing
+        rows = pairs[:1] if spare else mine[start:start + size]
         with torch.set_grad_enabled(learn):
             losses, metrics = forward(model, collate(rows, model.device), options)
-        if learn:
-            (losses.sum() / len(pairs)).backward()
+        if learn:   # times world: FSDP averages over ranks
+            (losses.sum() * (0 if spare else world() / len(pairs))).backward()
         for name, values in metrics.items():
-            table.setdefault(name, []).append(values)
-    return {name: torch.cat(values).tolist() for name, values in table.items()}
+            table.setdefault(name, []).append(values[:0] if spare else values)
+    whole = {name: [None] * len(pairs) for name in table}
+    for k, part in enumerate(gather({name: torch.cat(values).tolist() for name, values in table.items()})):
+        for name, values in part.items():
+            whole[name][k::world()] = values
+    return whole
 
 
 def summarize(table):
@@ -946,7 +1115,7 @@ def split_rows(n, options):
 
 def pairs_of_step(n, step, options):
     """Rows of an optimizer step (from 0): each epoch is a seeded shuffle of all n, and its last step may be smaller."""
-    size = options.per_device_train_batch_size * options.gradient_accumulation_steps
+    size = batch_size(options)
     epoch, k = divmod(step, math.ceil(n / size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed + epoch)).tolist()
     return order[k * size:(k + 1) * size]
@@ -957,7 +1126,7 @@ def make_optimizer(model, n, options):
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]   # biases and norms
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    epoch = math.ceil(n / (options.per_device_train_batch_size * options.gradient_accumulation_steps))
+    epoch = math.ceil(n / batch_size(options))
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * epoch)
     warmup = min(math.ceil(options.warmup_ratio * steps), steps - 1)   # else a run of one step would learn nothing
     return optimizer, get_scheduler(options.lr_scheduler_type, optimizer, warmup, steps), steps
@@ -967,20 +1136,22 @@ def train(options, pairs, tokenizer, facts):
     """Train options.model_name_or_path on annotated pairs. Everything goes into options.output_dir: the model, its
     tokenizer, metrics.jsonl, checkpoints and run.json (README, "What a run leaves behind")."""
     folder = Path(options.output_dir)
-    if open_run(folder, options, {"model": model_fingerprint(options.model_name_or_path)} | facts):
+    facts = {"model": once(model_fingerprint, options.model_name_or_path), "batch": batch_size(options)} | facts
+    if once(open_run, folder, options, facts):
         return print(f"{folder}: finished already")
+    check_same("pairs (their fingerprint)", pairs_fingerprint(pairs))
     pairs, held_out = [pairs.select(rows) for rows in split_rows(len(pairs), options)]
     torch.manual_seed(options.seed)
     model = load_model(options.model_name_or_path, options)
     optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)
     step, window = load_checkpoint(folder, model, optimizer, scheduler) if options.resume else (0, {})
     seconds, tokens, scores = 0.0, 0, {}
-    bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}", disable=None)
-    with bar, (folder / "metrics.jsonl").open("a") as log:
+    bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}", disable=rank() > 0 or None)
+    with bar, open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
         while step < steps:
             began, batch = time.perf_counter(), pairs.select(pairs_of_step(len(pairs), step, options))
             table = pass_over(model, batch, options, learn=True)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf).item()
+            norm = clip_gradients(model, options.max_grad_norm or math.inf)
             check_finite(table["loss"], norm, batch, step + 1, folder)
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
@@ -1007,7 +1178,21 @@ def train(options, pairs, tokenizer, facts):
             if options.save_steps and step % options.save_steps == 0 and step < steps:
                 save_checkpoint(folder / f"checkpoint-{step}", model, optimizer, scheduler, step, window)
     save_model(model, tokenizer, folder)
-    record(folder, steps=steps, evaluation=scores, finished=True)
+    once(record, folder, steps=steps, evaluation=scores, finished=True)
+
+
+def clip_gradients(model, max_norm):
+    """Scale all gradients so that their norm, over all ranks, is at most max_norm -> the norm before.
+
+    It is taken row by row first: over a large tensor at once torch's float32 norm is inexact on the CPU (measured:
+    7e-4 off for 16 million numbers), and would depend on the number of ranks.
+    """
+    weights = [p for p in model.parameters() if p.grad is not None]
+    rows = [torch.linalg.vector_norm(p.grad, dim=-1) if p.ndim > 1 else p.grad for p in weights]
+    norm = torch.nn.utils.get_total_norm(rows)
+    norm = norm.full_tensor() if dist.is_initialized() else norm
+    torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
+    return norm.item()
 
 
 def check_finite(losses, norm, pairs, step, folder):
@@ -1020,22 +1205,29 @@ def check_finite(losses, norm, pairs, step, folder):
 
 
 # ------------------------------------------------------------------------------------------------------------ 10. main
-def run(options, tokenizer, pairs, counts):
-    """Annotate the pairs with what the loss needs, then train -> {role: directory} of the models involved."""
-    reference, folder = options.ref_model or options.model_name_or_path, Path(options.output_dir)
-    own_rewards = "chosen_rewards" in pairs.column_names
-    needed = [reference] * (options.loss != "simpo")
-    needed += [options.reward_model] * bool(options.loss == "tgdpo" and options.reward_model and not own_rewards)
-    check_models([options.model_name_or_path, *needed], tokenizer, pairs)
-    split_rows(len(pairs), options)   # says now what is wrong with --eval_size
+def check_run(options, tokenizer, pairs):
+    """Raise InputError now for what would otherwise fail when hours have passed."""
+    needed = [options.model_name_or_path]
+    needed += [options.ref_model] * bool(options.loss != "simpo" and options.ref_model)
+    needed += [options.reward_model] * bool(
+        options.loss == "tgdpo" and options.reward_model and "chosen_rewards" not in pairs.column_names)
+    check_models(needed, tokenizer, pairs)
+    split_rows(len(pairs), options)
     if options.eval_steps and not options.eval_size:
         print("--eval_steps has no effect without --eval_size: no pairs are held out")
-    for name in ("output_dir", "cache_dir"):   # and now what is wrong with these, not when hours have passed
+    for name in ("output_dir", "cache_dir"):
         with reading(f"--{name} {getattr(options, name)}"):
             Path(getattr(options, name)).mkdir(parents=True, exist_ok=True)
+
+
+def run(options, tokenizer, pairs, counts):
+    """Annotate the pairs with what the loss needs, then train -> {role: directory} of the models involved."""
+    once(check_run, options, tokenizer, pairs)
+    reference, folder = options.ref_model or options.model_name_or_path, Path(options.output_dir)
+    own_rewards = "chosen_rewards" in pairs.column_names
     found, facts = {"reference": reference}, {"data": pairs_fingerprint(pairs), "pairs": counts}
     if options.loss != "simpo":
-        facts["reference"] = model_fingerprint(reference)
+        facts["reference"] = once(model_fingerprint, reference)
         ref_logps = annotate(reference, pairs, options, "annotate: reference")
         pairs = add_columns(pairs, "ref_logps", ref_logps)
     if options.loss == "tgdpo" and own_rewards:
@@ -1047,19 +1239,31 @@ def run(options, tokenizer, pairs, counts):
         if not options.reward_model:
             print(f"no --reward_model: one is trained first, by DPO on the same pairs, in {judge}")
             train(replace(options, loss="dpo", beta=beta, output_dir=judge), pairs, tokenizer, facts)
-        facts["reward_model_fingerprint"] = model_fingerprint(judge)
+        facts["reward_model_fingerprint"] = once(model_fingerprint, judge)
         rm_logps = annotate(judge, pairs, options, "annotate: reward model")
         # (8a)  r̂_t = β [ log π_rm - log π_ref ]: β comes in here, so the cached log-probs serve every β
-        pairs = add_columns(pairs, "rewards", [[[implicit_reward(*token, beta) for token in zip(*row)]
-                                                for row in zip(*side)] for side in zip(rm_logps, ref_logps)])
+        pairs = add_columns(pairs, "rewards", [[implicit_reward(*row, beta) for row in zip(*side)]
+                                               for side in zip(rm_logps, ref_logps)])
     train(options, pairs, tokenizer, facts)
     return found | {options.loss: str(folder)}
 
 
-def run_tiny(options):
-    """From nothing to a table: a language model, pairs, a reward model, TGDPO, and what each of them is worth."""
-    folder, rng = Path(options.output_dir), random.Random(options.seed)
-    start, file = folder / "start_model", folder / "pairs.jsonl"
+def read_data(options):
+    """-> (tokenizer, pairs, counts) for a model to train."""
+    rows = load_rows(options.dataset, options.dataset_split)
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    names = {options.model_name_or_path, options.ref_model, options.reward_model} - {None}
+    positions = [getattr(load_config(name), "max_position_embeddings", None) for name in sorted(names)]
+    length = min([options.max_length] + [n for n in positions if n])
+    if length < options.max_length:
+        print(f"--max_length {options.max_length} is lowered to {length}: a model has no more positions")
+    return tokenizer, *tokenize(rows, tokenizer, length, options.dataset)
+
+
+def tiny_data(options, start, file):
+    """The tiny mode's language model, trained and saved in start, and its pairs, in file unless the user brings some
+    -> (tokenizer, pairs, counts, prompts to judge on)."""
+    rng = random.Random(options.seed)
     if options.dataset:
         rows = load_rows(options.dataset, options.dataset_split)
         texts = [json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode() for row in rows]
@@ -1077,7 +1281,7 @@ def run_tiny(options):
                 words.append(rng.choice(tiny_next(words[-1], noun)))
             texts.append(tokenizer(f"describe the {noun} : {' '.join(words)}").input_ids)
         prompts = tokenizer([f"describe the {noun} :" for noun in rng.choices(NOUNS, k=TINY_PROMPTS)]).input_ids
-    with reading(f"--output_dir {folder}"):
+    with reading(f"--output_dir {start.parent}"):
         start.mkdir(parents=True, exist_ok=True)
     if not (start / "config.json").exists():
         tiny_language_model(texts, tokenizer, options, start)
@@ -1085,7 +1289,14 @@ def run_tiny(options):
         if not file.exists():
             tiny_pairs(start, tokenizer, options, file)
         pairs, counts = tokenize(load_rows(str(file), None), tokenizer, options.max_length, str(file))
-    known = not options.dataset
+    return tokenizer, pairs, counts, prompts
+
+
+def run_tiny(options):
+    """From nothing to a table: a language model, pairs, a reward model, TGDPO, and what each of them is worth."""
+    folder, known = Path(options.output_dir), not options.dataset
+    start, file = folder / "start_model", folder / "pairs.jsonl"
+    tokenizer, pairs, counts, prompts = once(tiny_data, options, start, file)
     options = replace(options, model_name_or_path=str(start), dataset=options.dataset or str(file))
     found = run(options, tokenizer, pairs, counts)
     if known and options.loss == "tgdpo":   # the same with the true token rewards: what a perfect reward model would do
@@ -1106,10 +1317,10 @@ def tiny_report(options, tokenizer, found, prompts, known):
     judge = found.get("reward model", found.get("dpo", found[options.loss]))   # whose r̂ is shown
     draws, truth, rhat, table = {}, {}, {}, {}
     for name, path in found.items():
-        draws[name] = sample(path, prompts, options, tokenizer, f"sample: {name}")
+        draws[name] = once(sample, path, prompts, options, tokenizer, f"sample: {name}")
         rows = datasets.Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": draws[name]})
         logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in {path, reference, judge}}
-        rhat[name] = [[implicit_reward(*token, options.reward_beta or options.beta) for token in zip(*row)]
+        rhat[name] = [implicit_reward(*row, options.reward_beta or options.beta)
                       for row in zip(logps[judge], logps[reference])]
         table[name] = {"KL": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
                        "length": interval([float(len(ids)) for ids in draws[name]])}
@@ -1135,7 +1346,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
         report["correlation"] = torch.corrcoef(torch.stack([values, worth]))[0, 1].item()
         report["AUC"] = ((good > bad).float() + 0.5 * (good == bad)).mean().item()   # P(r̂ good > r̂ bad)
         print(f"r̂ and the true token rewards: correlation {report['correlation']:.3f}, AUC {report['AUC']:.3f}")
-    record(Path(options.output_dir), **report)
+    once(record, Path(options.output_dir), **report)
     print("\nresponses, with the r̂ of their tokens")
     for k in range(min(2, len(prompts))):
         for name in found:
@@ -1151,42 +1362,54 @@ def paint(text, value):
     return f"\033[38;5;16;48;5;{ground}m{text}\033[0m"
 
 
+def command(argv):
+    """One command line, on each rank -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off;
+    130 for Ctrl-C. Rank 0 says why."""
+    folder = None
+    try:
+        check_same("command line", argv)
+        options = once(read_options, argv)
+        folder = Path(options.output_dir)
+        once(open_folder, folder, options)
+        if options.model_name_or_path is None:
+            run_tiny(options)
+        else:
+            run(options, *once(read_data, options))
+        print(f"done: {folder}")
+        return 0
+    except SystemExit as e:   # --help, and the ranks that leave because rank 0 failed
+        return e.code
+    except InputError as e:
+        status, text = 2, f"error: {e}"
+    except FloatingPointError as e:
+        status, text = 1, f"stopped at {e}"
+    except KeyboardInterrupt:
+        status, text = 130, f"interrupted; the same command with --resume --output_dir {folder} continues"
+    if not rank():
+        print(f"tgdpo.py: {text}", file=sys.stderr)
+    return status
+
+
 def main(argv):
-    """The command line -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off; 130: Ctrl-C."""
+    """The command line -> exit status, as `command` has it. Under torchrun all ranks join for it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp says so of a single process
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")   # r̂ and the tokens, on a terminal that lacks such letters
-    folder = None
+    joined = start_processes()
     try:
-        options = read_options(argv)
-        folder = Path(options.output_dir)
-        open_folder(folder, options)
-        if options.model_name_or_path is None:
-            run_tiny(options)
-        else:
-            rows = load_rows(options.dataset, options.dataset_split)
-            tokenizer = load_tokenizer(options.model_name_or_path)
-            names = {options.model_name_or_path, options.ref_model, options.reward_model} - {None}
-            positions = [getattr(load_config(name), "max_position_embeddings", None) for name in sorted(names)]
-            length = min([options.max_length] + [n for n in positions if n])
-            if length < options.max_length:
-                print(f"--max_length {options.max_length} is lowered to {length}: a model has no more positions")
-            pairs, counts = tokenize(rows, tokenizer, length, options.dataset)
-            run(options, tokenizer, pairs, counts)
-        print(f"done: {folder}")
-        return 0
-    except InputError as e:
-        print(f"tgdpo.py: error: {e}", file=sys.stderr)
-        return 2
-    except FloatingPointError as e:
-        print(f"tgdpo.py: stopped at {e}", file=sys.stderr)
+        status = command(argv)
+        if joined:
+            finish_processes()
+        return status
+    except RuntimeError as e:   # what gloo and NCCL raise when another process is gone
+        if not (dist.is_initialized() and re.search("gloo|NCCL|monitoredBarrier", str(e))):
+            raise
+        print(f"tgdpo.py: rank {rank()} cannot reach another rank, which was killed or has failed; the same command "
+              f"with --resume and its --output_dir continues ({' '.join(str(e).split())[:150]})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"tgdpo.py: interrupted; the same command with --resume --output_dir {folder} continues", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -128,12 +128,6 @@ def test_help_shows_every_option_with_its_default(capsys):
     assert all(f"--{name} {value}" in text for name, value in tgdpo.TINY.items())
 
 
-def test_several_processes_are_refused_for_now(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert tgdpo.main([]) == 2
-    assert "found several processes" in capsys.readouterr().err
-
-
 def test_bad_data_is_found_before_any_model_is_loaded(tmp_path, capsys, monkeypatch):
     data = write_rows(tmp_path / "d.jsonl", [dict(question="a")])
     monkeypatch.setattr(tgdpo, "load_model", None)  # calling it would fail

@@ -1,0 +1,88 @@
+"""Run by torchrun, on every rank, for test_fsdp.py: `ranks.py JOB.json` does many checks in one launch, since a launch
+costs seconds. Findings go to OUT.json (rank 0); test_fsdp.py asserts on them."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+import tgdpo
+
+IDS = torch.tensor([[7, 9, 11, 13, 8, 3, 0, 0], [7, 9, 14, 3, 0, 0, 0, 0], [8, 15, 16, 17, 18, 19, 20, 3]])
+RESPONSE = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]]).bool()
+
+
+def logps_and_gradients(model):
+    """Token log-probs of fixed sequences, and the gradient of a weighted sum of them, by weight."""
+    logps = model.token_logps(IDS, RESPONSE)
+    (logps * torch.linspace(-1, 2, logps.numel()).reshape(logps.shape)).sum().backward()
+    whole = lambda g: g.full_tensor() if isinstance(g, DTensor) else g
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return logps.detach(), grads
+
+
+def compare_with_plain(path, folder, **changes):
+    """A sharded model against the same one as plain transformers loads it -> findings."""
+    options = tgdpo.Options(device="cpu", dtype="float32", **changes)
+    model = tgdpo.load_model(path, options)
+    plain = tgdpo.prepare_model(tgdpo.read_model(path), options)
+    logps, grads = logps_and_gradients(model)
+    want, want_grads = logps_and_gradients(plain)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    everywhere = tgdpo.gather(local)
+    tgdpo.save_model(model, tgdpo.load_tokenizer(path), folder)
+    found = {
+        "logps": (logps - want).abs().max().item(),
+        "gradients": max((grads[name] - want_grads[name]).abs().max().item() for name in want_grads),
+        "gradient size": max(g.abs().max().item() for g in want_grads.values()),
+        "same weights have gradients": grads.keys() == want_grads.keys(),
+        "units": sum(isinstance(module, FSDPModule) for module in model.modules()),
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "weights": sum(p.numel() for p in plain.parameters()),
+        "weights of all ranks": sum(everywhere),
+        "largest share": max(everywhere),
+        "dtypes": sorted({str(p.dtype) for p in model.parameters()} | {str(p.grad.dtype) for p in model.parameters()}),
+        "buffers": all(torch.equal(b, dict(plain.named_buffers())[name]) for name, b in model.named_buffers()),
+        "dropout": sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}),
+    }
+    return found
+
+
+def unfinish(out):
+    """Leave a run as a kill after its fourth step would: unfinished, no model, half a row, no later checkpoint."""
+    run, metrics = Path(out) / "run.json", Path(out) / "metrics.jsonl"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"finished": False}))
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:6]) + '\n{"st')
+    (Path(out) / "model.safetensors").unlink()
+
+
+def main(job):
+    assert tgdpo.start_processes()
+    found = {"world": tgdpo.world(), "models": {}, "statuses": []}
+    for name, (path, out, changes) in job["models"].items():
+        tgdpo.LOGITS_BYTES = changes.pop("logits_bytes", 2**28)
+        found["models"][name] = compare_with_plain(path, Path(out), **changes)
+    tgdpo.LOGITS_BYTES = 2**28
+    original = tgdpo.add_columns
+    for run in job["runs"]:
+        for name, value in run.get("set", {}).items():
+            setattr(tgdpo, name, value)
+        if run.get("spoil") and tgdpo.os.environ["RANK"] == "1":  # this rank trains on other token columns
+            tgdpo.add_columns = lambda pairs, name, columns: original(pairs, name, [c[::-1] for c in columns])
+        if "unfinish" in run:
+            tgdpo.once(unfinish, run["unfinish"])
+        argv = run["argv"] + ([f"--seed={tgdpo.os.environ['RANK']}"] if run.get("own seed") else [])
+        found["statuses"].append(tgdpo.main(argv))
+        tgdpo.add_columns = original
+    tgdpo.finish_processes()
+    if tgdpo.os.environ["RANK"] == "0":
+        Path(job["out"]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
