@@ -6,6 +6,7 @@
     python tgdpo.py --model_name_or_path MODEL --dataset pairs.jsonl               first a DPO reward model, then TGDPO
     python tgdpo.py --model_name_or_path MODEL --dataset pairs.jsonl --reward_model DIR                   TGDPO at once
     python tgdpo.py run.yaml --alpha 1.0             options from a file; flags override it
+    torchrun --nproc_per_node 8 tgdpo.py scripts/llama3_8b_instruct_pairrm.yaml              sharded over 8 GPUs (FSDP2)
 
 The method, for a prompt x, a chosen response y_w and a rejected one y_l, token by token:
 
@@ -713,7 +714,7 @@ def check_same(what, value):
 
 
 def start_processes():
-    """Join the other processes, if torchrun started this one: NCCL between GPUs, gloo between CPUs -> whether it did."""
+    """Join the others, if torchrun started this process: NCCL between GPUs, gloo between CPUs -> whether it did."""
     if dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return False
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

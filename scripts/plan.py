@@ -1,0 +1,258 @@
+#!/usr/bin/env python3
+"""What a run needs, before a GPU is rented: memory on each GPU, floating-point operations, hours.
+
+    python scripts/plan.py scripts/llama3_8b_instruct_pairrm.yaml
+    python scripts/plan.py scripts/llama3_8b_instruct_pairrm.yaml --gpus 4 --gradient_checkpointing false
+
+Options of tgdpo.py override the file's, as they do there; the plan's own are in --help. Only the model's configuration
+is read. Activations and operations are not guessed by a formula: the model is built without weights (torch's meta
+device), its blocks run forwards and backwards on tensors without content, and torch counts what autograd keeps and
+what would be multiplied. The rest is arithmetic on what section 8 of tgdpo.py does. It is an estimate all the same:
+allocator, NCCL and CUDA's own memory are allowed for by filling a GPU to 90 % only.
+"""
+import argparse
+import math
+import sys
+from collections import namedtuple
+from functools import lru_cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+import tgdpo
+
+GIB, USABLE = 2**30, 0.9
+Model = namedtuple("Model", "name weights block blocks rest hidden vocabulary")   # numbers of weights; rest: no block's
+Cost = namedtuple("Cost", "activations one_block forward both")   # bytes kept, bytes of a block, operations
+
+
+def flash_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """What CUDA's attention kernel keeps and multiplies; on the meta device torch would take its slow one, which keeps
+    a table of T x T. Tensors are (N, heads, T, size)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = [tensor.repeat_interleave(groups, 1) if groups > 1 else tensor for tensor in (key, value)]
+    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)[0]
+    return out.transpose(1, 2), None
+
+
+def empty_model(name, dtype, recompute):
+    """A model of tgdpo.py on the meta device, in the compute type, as its blocks are when FSDP has gathered them."""
+    transformers.AttentionInterface.register("flash_without_content", flash_attention)
+    with tgdpo.reading(f"the configuration of model {name}"):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    if model.config._attn_implementation == "sdpa":   # others, such as Gemma 2's, multiply plain tensors
+        model.config.get_text_config()._attn_implementation = "flash_without_content"
+    return tgdpo.prepare_model(model, tgdpo.Options(gradient_checkpointing=recompute))
+
+
+def describe(name, model):
+    """Counts of a model's weights -> Model."""
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    weights = sum(p.numel() for p in model.parameters())
+    config = model.config.get_text_config()
+    return Model(name, weights, max(sizes, default=0), len(blocks), weights - sum(sizes), config.hidden_size,
+                 config.vocab_size)
+
+
+@lru_cache
+def measure_empty(name, dtype, recompute, sequences, tokens):
+    """Run the body of an empty model on (sequences, tokens) -> (Model, Cost)."""
+    model = empty_model(name, dtype, recompute)
+    about = describe(name, model)
+    mask = torch.zeros(sequences, 1, tokens, tokens, dtype=torch.bool, device="meta")   # so that nobody reads the ids
+    own, kept = {tensor.untyped_storage()._cdata for tensor in [mask, *model.parameters()]}, {}
+
+    def pack(tensor):
+        """Note each storage that autograd keeps, once; weights are counted elsewhere, and training has no mask."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+    ids = torch.zeros(sequences, tokens, dtype=torch.long, device="meta")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    activations = sum(storage.nbytes() for storage in kept.values())
+    return about, Cost(activations, activations / max(1, about.blocks), forward, counter.get_total_flops())
+
+
+def costs(options, sequences, tokens):
+    """-> (Model, Cost of training, with or without gradient checkpointing as the options say)."""
+    name, dtype, recompute = options.model_name_or_path, options.dtype, options.gradient_checkpointing
+    about, cost = measure_empty(name, dtype, recompute, sequences, tokens)
+    if recompute:   # in the backward pass one block at a time has all that is its own
+        cost = cost._replace(one_block=measure_empty(name, dtype, False, sequences, tokens)[1].one_block)
+    return about, cost
+
+
+def memory(options, about, cost, responses, shards):
+    """Bytes on each GPU -> {stage: {part: bytes}}; responses is the number of response tokens in a micro-batch."""
+    size = 2 if options.dtype == "bfloat16" else 4
+    logits = min(4 * responses * about.vocabulary, tgdpo.LOGITS_BYTES)
+    weights = 4 * about.weights / shards
+    # Gathered: the rest, once; a block and the one after it, fetched ahead.
+    gathered = size * (about.rest + 2 * about.block)
+    frozen = {"weights": weights, "gradients": 0, "AdamW": 0, "gathered": gathered,
+              "activations": cost.one_block, "log-probs": 2.5 * logits}
+    # While a block's gradient is reduced: the gradient, and its float32 copy. The rest's stays until the end.
+    gathered += size * (about.rest + about.block) + 4 * about.block
+    activations = cost.activations + cost.one_block * options.gradient_checkpointing
+    log_probs = 4 * logits + 2 * size * responses * about.hidden   # logits and their gradient, in both types
+    train = {"weights": weights, "gradients": weights, "AdamW": 2 * weights, "gathered": gathered,
+             "activations": activations, "log-probs": log_probs}
+    return {"annotate": frozen, "train": train}
+
+
+def total(parts):
+    """Bytes of a stage."""
+    return sum(parts.values())
+
+
+def lengths_of(options, plan):
+    """-> (pairs, longest sequence, mean of a pair's longer sequence, mean response, where these are from)."""
+    local = Path(options.dataset).exists() and Path(options.model_name_or_path).is_dir()
+    if not local:
+        longer = min(plan.prompt_tokens + plan.response_tokens, options.max_length)
+        return (plan.pairs, options.max_length, longer, min(plan.response_tokens, longer),
+                "lengths are assumed: --pairs, --prompt_tokens, --response_tokens")
+    rows = tgdpo.load_rows(options.dataset, options.dataset_split)
+    tokenizer = tgdpo.load_tokenizer(options.model_name_or_path)
+    pairs, _ = tgdpo.tokenize(rows, tokenizer, options.max_length, options.dataset)
+    prompts, chosen, rejected = [[*map(len, pairs[k])] for k in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    longer = [p + max(c, r) for p, c, r in zip(prompts, chosen, rejected)]
+    return (len(pairs), max(longer), math.ceil(sum(longer) / len(pairs)),
+            math.ceil(sum(chosen + rejected) / (2 * len(pairs))), "lengths are the data's")
+
+
+def training_bytes(options, longest, shards):
+    """Bytes on each GPU that training takes, with all of a micro-batch at the longest length."""
+    sequences = 2 * options.per_device_train_batch_size
+    about, cost = costs(options, sequences, longest)
+    return total(memory(options, about, cost, sequences * longest, shards)["train"])
+
+
+def remedies(options, longest, shards, usable):
+    """The first of several changes that makes training fit, tried one after the other -> a line for the user."""
+    small = dict(gradient_checkpointing=True, per_device_train_batch_size=1)
+    both = "--gradient_checkpointing true and --per_device_train_batch_size 1 (with more --gradient_accumulation_steps)"
+    tried = [("--gradient_checkpointing true", dict(gradient_checkpointing=True), longest, shards),
+             ("--per_device_train_batch_size 1 (with more --gradient_accumulation_steps)",
+              dict(per_device_train_batch_size=1), longest, shards),
+             (both, small, longest, shards)]
+    tried += [(f"{n} GPUs to shard over, {both}", small, longest, n) for n in (2, 4, 8, 16, 32, 64, 128) if n > shards]
+    for text, changes, length, n in tried:
+        needed = training_bytes(tgdpo.replace(options, **changes), length, n)
+        if needed <= usable:
+            return f"It would with {text}: {needed / GIB:.0f} GiB."
+    for length in (longest // 2, longest // 4, longest // 8):
+        if (needed := training_bytes(tgdpo.replace(options, **small), length, 128)) <= usable:
+            return f"It would with 128 GPUs, --max_length {length}, {both}: {needed / GIB:.0f} GiB."
+    return "None of the options helps: not 128 GPUs, shorter sequences and gradient checkpointing together."
+
+
+def read_plan(argv):
+    """-> (the plan's own options, those of tgdpo.py)."""
+    parser = argparse.ArgumentParser(prog="plan.py", usage="plan.py CONFIG.yaml [--OPTION VALUE ...]",
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog="All other options are tgdpo.py's.")
+    parser.add_argument("--gpus", type=int, default=8, help="processes, one GPU each")
+    parser.add_argument("--gpus_per_machine", type=int, default=8, help="with --hsdp: shards of a weight")
+    parser.add_argument("--gpu_memory", type=float, default=80, help="of a GPU, in GiB")
+    parser.add_argument("--peak", type=float, default=989, help="of a GPU, in 10^12 operations a second; 989 is "
+                        "NVIDIA's figure for an H100 SXM in bfloat16 (half of the 1979 it gives with sparsity), "
+                        "nvidia.com/en-us/data-center/h100")
+    parser.add_argument("--fraction", type=float, default=0.4, help="of the peak that is reached")
+    parser.add_argument("--pairs", type=int, default=60000, help="if the data is not here")
+    parser.add_argument("--prompt_tokens", type=int, default=300, help="on average, if the data is not here")
+    parser.add_argument("--response_tokens", type=int, default=400, help="on average, if the data is not here")
+    plan, rest = parser.parse_known_args(argv)
+    for name, value in vars(plan).items():
+        if not 0 < value < math.inf:
+            raise tgdpo.InputError(f"--{name} is {value}; expected a number above 0")
+    options = tgdpo.read_options(rest)
+    if not options.model_name_or_path:
+        raise tgdpo.InputError("no --model_name_or_path; expected the model of the run that is planned")
+    given = yaml.safe_load(Path(rest[0]).read_text(encoding="utf-8")) if not rest[0].startswith("-") else {}
+    if "dtype" not in given and not any(arg.startswith("--dtype") for arg in rest):
+        options.dtype = "bfloat16"   # what a GPU takes by default; this machine may have none
+    if options.hsdp and plan.gpus <= plan.gpus_per_machine:
+        raise tgdpo.InputError(f"--hsdp with {plan.gpus} GPUs on one machine of {plan.gpus_per_machine}; expected more")
+    return plan, options
+
+
+def main(argv):
+    """Print the plan -> exit status, as tgdpo.main's."""
+    try:
+        plan, options = read_plan(argv)
+        report(plan, options)
+    except tgdpo.InputError as e:
+        print(f"plan.py: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(plan, options):
+    """All that the plan prints."""
+    pairs, longest, mean, response, source = lengths_of(options, plan)
+    shards = plan.gpus_per_machine if options.hsdp else plan.gpus
+    micro = options.per_device_train_batch_size
+    about, cost = costs(options, 2 * micro, longest)
+    batch = tgdpo.batch_size(options) * plan.gpus
+    recompute = "on" if options.gradient_checkpointing else "off"
+    print(f"{about.name}: {about.weights / 1e9:.2f} billion weights, {about.blocks} blocks of {about.block / 1e6:.0f} "
+          f"million, {about.rest / 1e6:.0f} million in embedding, head and last norm")
+    print(f"GPUs: {plan.gpus} of {plan.gpu_memory:g} GiB, weights in {shards} shards, {options.dtype}, gradient "
+          f"checkpointing {recompute}, sequences of up to {longest} tokens")
+    passes = options.gradient_accumulation_steps
+    print(f"a step: {batch} pairs = {plan.gpus} GPUs x {micro} in a pass x {passes} passes")
+    print(f"data: {pairs} pairs, {mean} tokens in a sequence on average ({source})")
+    stages = memory(options, about, cost, 2 * micro * longest, shards)
+    print("\nestimated GiB on each GPU, all sequences at the longest")
+    print(" " * 10 + "".join(f"{name:>13}" for name in [*stages["train"], "total"]))
+    for stage, parts in stages.items():
+        print(f"{stage:10}" + "".join(f"{value / GIB:13.1f}" for value in [*parts.values(), total(parts)]))
+    usable, needed = USABLE * plan.gpu_memory * GIB, total(stages["train"])
+    if needed <= usable:
+        print(f"fits: {needed / GIB:.0f} of {plan.gpu_memory:g} GiB")
+    else:
+        print(f"does not fit: {needed / GIB:.0f} GiB, and {100 * USABLE:.0f} % of {plan.gpu_memory:g} GiB are "
+              f"{usable / GIB:.0f}")
+        print(remedies(options, longest, shards, usable))
+    print(f"host memory of rank 0 while it loads or writes a model: {4 * about.weights / GIB:.0f} GiB; a checkpoint: "
+          f"{12 * about.weights / GIB:.0f} GiB of disk")
+
+    # Operations of a pair at the mean length: 2 for each weight of the head and token forwards, 4 backwards, and 2
+    # again where the log-probs come in several chunks; the body's are counted.
+    _, one = costs(options, 2, mean)
+    head = 2 * 2 * response * about.hidden * about.vocabulary
+    again = 4 * 2 * micro * response * about.vocabulary > tgdpo.LOGITS_BYTES
+    forward, both = one.forward + head, one.both + (3 + again) * head
+    epochs = math.ceil(options.num_train_epochs * math.ceil(pairs / batch))
+    steps = options.max_steps if options.max_steps > 0 else epochs
+    seen = pairs * steps / math.ceil(pairs / batch)   # the last step of an epoch may be smaller
+    speed = plan.gpus * plan.peak * 1e12 * plan.fraction
+    print(f"\noperations: {both * batch:.2e} a step, recomputing included; at {100 * plan.fraction:g} % of the peak "
+          f"({speed:.2e} a second) {both * batch / speed:.1f} seconds")
+    trainings = 2 if options.loss == "tgdpo" and not options.reward_model else 1
+    annotations = {"tgdpo": 2, "dpo": 1, "simpo": 0}[options.loss]
+    work = {f"{annotations} annotations": annotations * forward * pairs,
+            f"{trainings} trainings of {steps} steps": trainings * both * seen}
+    work["the whole run"] = sum(work.values())
+    for what, operations in work.items():
+        print(f"{what:26} {operations:10.2e} operations {operations / speed / 3600:8.2f} hours")
+    print("Held-out pairs, loading, saving and unequal lengths in a pass are not counted.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,201 @@
+"""scripts/plan.py and measure.py, and the settings in scripts/*.yaml."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+import tgdpo
+from conftest import eight_pairs, make_model, write_rows
+
+SCRIPTS = Path(tgdpo.__file__).parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import plan
+
+llama = transformers.LlamaConfig
+PUBLISHED = {  # file: (its model's sizes as published, number of weights)
+    "llama3_8b_instruct_pairrm": (
+        llama(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
+        ),
+        8_030_261_248,
+    ),
+    "llama32_3b_instruct": (
+        llama(
+            vocab_size=128256,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        ),
+        3_212_749_824,
+    ),
+    "gemma2_2b_it": (transformers.Gemma2Config(tie_word_embeddings=True), 2_614_341_888),
+}
+PUBLISHED["llama3_8b_instruct_armorm"] = PUBLISHED["llama3_8b_instruct_pairrm"]
+
+
+def planned(capsys, *argv, status=0):
+    assert plan.main([str(a) for a in argv]) == status
+    out, err = capsys.readouterr()
+    return err if status else out
+
+
+def configuration(folder, config):
+    """A directory with config.json alone: no weights, no tokenizer."""
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(SCRIPTS.glob("*.yaml"))])
+def test_the_papers_settings_and_the_verdicts_in_their_files(name, tmp_path, capsys):
+    """The values of the official example; a batch of 128 on 8 GPUs; the plan says what the file says it says."""
+    file, (config, weights) = SCRIPTS / f"{name}.yaml", PUBLISHED[name]
+    options = tgdpo.read_options([str(file)])
+    assert (options.loss, options.beta, options.alpha, options.max_length) == ("tgdpo", 0.1, 0.5, 2048)
+    assert (options.learning_rate, options.lr_scheduler_type, options.warmup_ratio) == (7e-7, "cosine", 0.1)
+    assert 8 * tgdpo.batch_size(options) == 128 and options.num_train_epochs == 1 and options.dtype == "bfloat16"
+    text = file.read_text()
+    assert f"torchrun --nproc_per_node 8 tgdpo.py scripts/{name}.yaml\n" in text
+    verdicts = re.findall(r"(\d) x (\d+) GB (fits|does not fit) \((\d+)", text)
+    assert [verdict[:2] for verdict in verdicts] == [("8", "80"), ("4", "80"), ("1", "141")]
+    model = configuration(tmp_path, config)
+    for gpus, memory, verdict, gib in verdicts:
+        out = planned(capsys, file, "--model_name_or_path", model, "--gpus", gpus, "--gpu_memory", memory)
+        assert f"{weights / 1e9:.2f} billion weights" in out
+        assert f"\n{verdict}: {gib} " in out
+    assert sum(p.numel() for p in plan.empty_model(model, "bfloat16", True).parameters()) == weights
+
+
+def small(tmp_path, **changes):
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
+    return configuration(tmp_path, llama(**sizes | dict(num_key_value_heads=2) | changes))
+
+
+def test_memory_by_hand(tmp_path):
+    """Of 4 shards: 4, 4 and 8 bytes a weight; gathered in bfloat16: embedding and head and their gradient, two blocks,
+    a block's gradient and its float32 copy."""
+    options = tgdpo.Options(str(small(tmp_path)), dtype="bfloat16")
+    about, cost = plan.costs(options, 2, 32)
+    block = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64
+    assert about.block == block and about.blocks == 3 and about.rest == 2 * 96 * 64 + 64
+    parts = plan.memory(options, about, cost, 40, 4)
+    weights = 3 * block + about.rest
+    assert parts["train"]["weights"] == parts["train"]["gradients"] == parts["annotate"]["weights"] == weights
+    assert parts["train"]["AdamW"] == 2 * weights and parts["annotate"]["AdamW"] == 0
+    assert parts["train"]["gathered"] == 2 * (about.rest + 2 * block) + 2 * (about.rest + block) + 4 * block
+    assert parts["train"]["activations"] == cost.activations
+    assert parts["train"]["log-probs"] == 4 * 4 * 40 * 96 + 2 * 2 * 40 * 64
+    assert plan.total(parts["train"]) > plan.total(parts["annotate"])
+
+
+def test_operations_by_hand(tmp_path):
+    """Forwards 2 for each weight of a block's matrices and token, and 4 T T hidden for attention in each block and
+    sequence; backwards twice that; with gradient checkpointing forwards again, but for what is not needed again."""
+    name = str(small(tmp_path))
+    about, cost = plan.costs(tgdpo.Options(name, dtype="bfloat16"), 2, 32)
+    forward = 3 * (2 * (about.block - 2 * 64) * 2 * 32 + 2 * 4 * 32 * 32 * 64)
+    assert cost.forward == forward
+    assert 2.9 * forward < cost.both <= 3 * forward + 3 * 4 * 32 * 32 * 64
+    _, again = plan.costs(tgdpo.Options(name, dtype="bfloat16", gradient_checkpointing=True), 2, 32)
+    assert again.forward == forward and cost.both + 0.6 * forward < again.both <= cost.both + forward
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_of_a_real_model(tmp_path, family, recompute):
+    """What autograd keeps of a real forward pass on the CPU, to 10 %."""
+    sizes = {} if family == "gpt2" else dict(hidden_size=64, intermediate_size=160, head_dim=16)
+    path = make_model(tmp_path, family, num_hidden_layers=4, **sizes)
+    options = tgdpo.Options(path, dtype="bfloat16", gradient_checkpointing=recompute, device="cpu")
+    _, cost = plan.costs(options, 4, 48)
+    model = tgdpo.prepare_model(tgdpo.read_model(path), options).bfloat16()
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        pack.alive.append(tensor)  # else its address may serve another
+        return tensor
+
+    pack.alive = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.get_decoder()(input_ids=torch.randint(0, 20, (4, 48)), use_cache=False)
+    for p in model.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    assert cost.activations == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_what_would_make_it_fit_does(tmp_path, capsys):
+    """The remedy that is printed, followed: the plan then says that it fits."""
+    file = tmp_path / "run.yaml"
+    model = small(tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=8000)
+    file.write_text(f"model_name_or_path: {model}\ndataset: d\nper_device_train_batch_size: 4\nmax_length: 1024\n")
+    tried = {}
+    for memory in (16, 1.7, 1.3, 1.0, 0.4, 0.02):
+        out = planned(capsys, file, "--gpus", 1, "--gpu_memory", memory)
+        remedy = re.search(r"would with (\d* ?GPUs)?(.*): \d+ GiB\.", out)
+        tried[memory] = remedy and (remedy[1], remedy[2].split(" (")[0].strip(", "))
+        if remedy:
+            assert "does not fit" in out
+            flags = re.findall(r"--(?:gradient_checkpointing true|per_device_train_batch_size 1|max_length \d+)", out)
+            gpus = (remedy[1] or re.search(r"(128) GPUs", out)[0] if "GPUs to" in out or "128" in out else "1").split()[
+                0
+            ]
+            again = planned(capsys, file, *" ".join(flags).split(), "--gpus", gpus, "--gpu_memory", memory)
+            assert "\nfits: " in again, (memory, flags, gpus)
+    assert tried[16] is None and tried[0.02] is None and len({str(t) for t in tried.values()}) >= 4, tried
+    assert "None of the options helps" in planned(capsys, file, "--gpus", 1, "--gpu_memory", 0.02)
+
+
+def test_lengths_are_the_datas_where_it_is_here(tmp_path, capsys):
+    """eight_pairs by words: the longest is "one two three ? red green blue <eos>" or "one two three ? sun <eos>"..."""
+    model, data = make_model(tmp_path / "m"), write_rows(tmp_path / "d.jsonl", eight_pairs())
+    out = planned(capsys, "--model_name_or_path", model, "--dataset", data, "--gpus", 2)
+    longer = [
+        len(p["prompt"].split()) + max(len(p["chosen"].split()), len(p["rejected"].split())) + 1 for p in eight_pairs()
+    ]
+    assert f"sequences of up to {max(longer)} tokens" in out
+    assert f"8 pairs, {-(-sum(longer) // 8)} tokens in a sequence on average (lengths are the data's)" in out
+    out = planned(capsys, "--model_name_or_path", model, "--dataset", "somewhere/else", "--gpus", 2)
+    assert "60000 pairs, 700 tokens in a sequence on average (lengths are assumed" in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "no --model_name_or_path"),
+        (["--gpus", "0"], "--gpus is 0; expected a number above 0"),
+        (["--model_name_or_path", "m", "--dataset", "d", "--gpu", "3"], "unknown option --gpu"),
+        (["--model_name_or_path", "nothing", "--dataset", "d"], "the configuration of model nothing cannot be used"),
+        (["--model_name_or_path", "m", "--dataset", "d", "--hsdp"], "--hsdp"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, argv, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    err = planned(capsys, *argv, status=2)
+    assert err.startswith("plan.py: error: ") and message in err and err.count("\n") == 1
+
+
+def test_measured_beside_estimated(tmp_path):
+    """measure.py in one process, on a model of 6 million weights: the estimate is of the measured order."""
+    model = small(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=4000)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(dict(model_name_or_path=str(model), dataset="d", device="cpu", dtype="float32")))
+    command = [sys.executable, SCRIPTS / "measure.py", file, "--length", "256", "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    estimated, measured = map(float, re.search(r"train +estimated +(\S+) GiB.*: (\S+)", done.stdout).groups())
+    assert 0.5 < measured / estimated < 4, done.stdout
+    tokens, seconds = (
+        float(re.search(r"(\d+) tokens a second", done.stdout)[1]),
+        re.search(r"(\S+) s a step", done.stdout),
+    )
+    assert tokens == pytest.approx(512 / float(seconds[1]), rel=0.2)
