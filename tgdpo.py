@@ -979,9 +979,12 @@ def model_fingerprint(name):
 
 def pairs_fingerprint(pairs):
     """Of the pairs' tokens, and of the per-token columns that were joined to them."""
-    names, sha = [name for name in pairs.column_names if name != "index"], hashlib.sha256()
-    for row in pairs.select_columns(names):
-        sha.update(json.dumps(row).encode())
+    table, sha = pairs.with_format("arrow")[:], hashlib.sha256()
+    for name in sorted(set(table.column_names) - {"index"}):
+        column = table[name].combine_chunks()   # one value for the same rows, however they lie in memory
+        sha.update(name.encode())
+        for part in (column.value_lengths(), column.flatten()):
+            sha.update(part.to_numpy(zero_copy_only=False).tobytes())
     return sha.hexdigest()[:32]
 
 
@@ -1402,7 +1405,7 @@ def main(argv):
     joined = start_processes()
     try:
         status = command(argv)
-        if joined:
+        if joined and status != 130:   # after Ctrl-C the others may be anywhere; to leave at once ends their waiting
             finish_processes()
         return status
     except RuntimeError as e:   # what gloo and NCCL raise when another process is gone

@@ -1,13 +1,18 @@
 """Run by torchrun, on every rank, for test_fsdp.py: `ranks.py JOB.json` does many checks in one launch, since a launch
 costs seconds. Findings go to OUT.json (rank 0); test_fsdp.py asserts on them."""
 
+import gc
 import json
 import sys
+import time
+import weakref
+from datetime import timedelta
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -53,6 +58,31 @@ def compare_with_plain(path, folder, **changes):
     return found
 
 
+def loading(path):
+    """Bytes that each rank takes at most while a model is loaded, beyond what it held before (Linux)."""
+    status = Path("/proc/self/status")
+    held = lambda what: next(1024 * int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith(what))
+    tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32"))  # all libraries are there now
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
+    model = tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32"))
+    taken = tgdpo.gather(held("VmHWM") - before)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    return {"taken": taken, "freed": alive() is None}
+
+
+def waiting():
+    """Rank 0 takes longer than a collective may: the others wait all the same -> what it returned, on the last rank."""
+    default = dist.distributed_c10d._get_default_group()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), default)
+    value = tgdpo.once(lambda: time.sleep(3) or "patient")
+    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), default)
+    return tgdpo.gather(value)[-1]
+
+
 def unfinish(out):
     """Leave a run as a kill after its fourth step would: unfinished, no model, half a row, no later checkpoint."""
     run, metrics = Path(out) / "run.json", Path(out) / "metrics.jsonl"
@@ -68,6 +98,8 @@ def main(job):
         tgdpo.LOGITS_BYTES = changes.pop("logits_bytes", 2**28)
         found["models"][name] = compare_with_plain(path, Path(out), **changes)
     tgdpo.LOGITS_BYTES = 2**28
+    if "large" in job:
+        found |= {"loading": loading(job["large"]), "waiting": waiting()}
     original = tgdpo.add_columns
     for run in job["runs"]:
         for name, value in run.get("set", {}).items():

@@ -120,17 +120,16 @@ class Launched:
             judge = bench.reward_model if loss == "tgdpo" else None
             add(loss, *hsdp, loss=loss, reward_model=judge, **own, **options_of("whole", ranks))
         add("accumulated", loss="dpo", **own, **options_of("accumulated", ranks))
-        add("stages", save_steps=2, **own, **options_of("whole", ranks))  # trains a reward model first
+        add("stages", *hsdp, save_steps=2, **own, **options_of("whole", ranks))  # trains a reward model first
+        again = dict(loss="dpo", save_steps=3, **own, **options_of("whole", ranks))
+        add("again", *hsdp, **again)
+        resumed = bench.argv("--resume", *hsdp, out=f"{b}/again", **again)
+        self.runs["again, resumed"] = dict(argv=resumed, unfinish=f"{b}/again")
         if machines == 1:
             add("bfloat16", loss="dpo", dtype="bfloat16", max_steps=3, **own)
             add("to_1", loss="dpo", save_steps=3, **own, **options_of("whole", ranks))
             bench.train(out=f"{b}/from_1", loss="dpo", save_steps=3, **options_of("whole", 1))
             unfinish(f"{b}/from_1")
-            again = dict(loss="dpo", save_steps=3, **own, **options_of("whole", ranks))
-            add("again", **again)
-            self.runs["again, resumed"] = dict(
-                argv=bench.argv("--resume", out=f"{b}/again", **again), unfinish=f"{b}/again"
-            )
             add("from_1", "--resume", loss="dpo", **own, **options_of("whole", ranks))
             small = dict(TINY_STEPS=30, TINY_PAIRS=60, TINY_PROMPTS=20)
             tiny = dict(model_name_or_path=None, dataset=None, per_device_train_batch_size=16 // ranks, max_length=64)
@@ -148,9 +147,11 @@ class Launched:
                 warmup_ratio=0,
                 **own,
             )
-        job = write_rows(
-            folder / "job.json", [dict(models=self.models, runs=list(self.runs.values()), out=str(self.out))]
-        )
+        job = dict(models=self.models, runs=list(self.runs.values()), out=str(self.out))
+        if machines == 1:
+            sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+            job["large"] = make_model(folder / "large", "llama", **sizes)
+        job = write_rows(folder / "job.json", [job])
         rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint=localhost:{free_port()}"]
         several = rendezvous if machines > 1 else ["--standalone"]
         jobs = [torchrun(*several, ROOT / "tests" / "ranks.py", job, ranks=ranks // machines) for _ in range(machines)]
@@ -222,6 +223,18 @@ def test_a_sharded_model_equals_the_plain_one(launch, name, request):
     ), "a tied weight is written once"
 
 
+def test_loading_takes_a_share_of_memory_on_all_ranks_but_the_first(two):
+    """Of a model of 100 MB each of two ranks keeps half; one tensor at a time is whole, of 4 MB."""
+    whole = (two.bench.folder / "large" / "model.safetensors").stat().st_size
+    assert 9e7 < whole < 1.2e8
+    assert 0.3 * whole < two.found["loading"]["taken"][1] < 0.75 * whole
+    assert two.found["loading"]["freed"], "nothing holds a model that is not used any more"
+
+
+def test_ranks_wait_for_the_first_longer_than_for_each_other(two):
+    assert two.found["waiting"] == "patient"
+
+
 @pytest.mark.parametrize("name", ["tgdpo", "simpo", "dpo", "accumulated", "stages"])
 @pytest.mark.parametrize("launch", ["two", "four"])
 def test_the_curve_of_one_process(launch, name, request):
@@ -245,10 +258,12 @@ def test_bfloat16_is_computed_but_not_kept(two):
     assert {p.dtype for p in weights.parameters()} == {torch.float32}
 
 
-def test_resumed_on_the_same_ranks_is_the_same_to_the_bit(two):
-    assert two.statuses["again, resumed"] == 0 and len(two.rows("again")) == 6
-    assert two.rows("again") == two.rows("dpo")
-    assert two.rows("again", evaluation=True) == two.rows("dpo", evaluation=True)
+@pytest.mark.parametrize("launch", ["two", "four"])
+def test_resumed_on_the_same_ranks_is_the_same_to_the_bit(launch, request):
+    launched = request.getfixturevalue(launch)
+    assert launched.statuses["again, resumed"] == 0 and len(launched.rows("again")) == 6
+    assert launched.rows("again") == launched.rows("dpo")
+    assert launched.rows("again", evaluation=True) == launched.rows("dpo", evaluation=True)
 
 
 def test_resumed_on_another_number_of_ranks(two):

@@ -91,6 +91,44 @@ def test_the_head_sees_response_positions_only_and_in_chunks(monkeypatch):
     assert len(seen) == 6, "each chunk is computed again in the backward pass"
 
 
+@pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_gemma_2s_soft_capping_is_honoured_when_it_is_loaded(cap, tmp_path):
+    """Written out here: z -> cap tanh(z / cap) on attention scores and on logits. Without either, other log-probs."""
+    caps = dict(attn_logit_softcapping=0.3, final_logit_softcapping=0.5)
+    small = dict(head_dim=8, query_pre_attn_scalar=1, sliding_window=4)
+    path = make_model(tmp_path / "with", "gemma2", scale=20.0, **small, **caps)
+    batch = tgdpo.collate(ROWS, "cpu")
+
+    def logps(model):
+        with torch.no_grad():
+            return model.token_logps(batch["input_ids"], batch["response_mask"])
+
+    got = logps(tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32")))
+    without = tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32"))
+    plain, tanh = torch.nn.functional.softmax, torch.tanh
+    if cap == "final_logit_softcapping":
+        without.config.final_logit_softcapping = None
+        forward = without.lm_head.forward
+        without.lm_head.forward = lambda hidden: 0.5 * tanh(forward(hidden) / 0.5)
+        capped = logps(without)
+        without.lm_head.forward = forward
+    else:
+        for layer in without.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+
+        def softmax(scores, *args, **kwargs):  # masked scores are far below, and stay there
+            seen = scores > -1e30
+            return plain(torch.where(seen, 0.3 * tanh(scores.where(seen, 0.0) / 0.3), scores), *args, **kwargs)
+
+        torch.nn.functional.softmax = softmax
+        try:
+            capped = logps(without)
+        finally:
+            torch.nn.functional.softmax = plain
+    torch.testing.assert_close(got, capped, atol=1e-5, rtol=0)
+    assert (got - logps(without)).abs().max() > 0.05
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_padding_and_batching_do_not_matter(family):
     model = build(family)
