@@ -83,6 +83,16 @@ def reading(what):
         raise InputError(f"{what} cannot be used: {' '.join(f'{type(e).__name__}: {e}'.split())[:300]}") from e
 
 
+def rank():
+    """The number of this process among those that torchrun started, 0 of 1 without it; rank 0 writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 # ---------------------------------------------------------------------------------------------------- 2. the options
 def option(default, text):
     """A field of Options with its line of --help."""
@@ -156,7 +166,7 @@ def read_options(argv):
             fail(f"{argv[0]}: expected a file that maps option names to values, one a line, such as 'beta: 0.1'")
         argv = [f"--{key}={value}" for key, value in values.items() if value is not None] + argv[1:]
     if not any(arg.split("=")[0].replace("-", "_") == "__model_name_or_path" for arg in argv):
-        batch = TINY["per_device_train_batch_size"] // world()   # the same steps on any number of processes
+        batch = TINY["per_device_train_batch_size"] // world()   # the same steps on 2, 4, 8, 16 or 32 processes
         parser.set_defaults(**TINY | {"per_device_train_batch_size": max(1, batch)})
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -166,10 +176,8 @@ def read_options(argv):
     o = Options(**vars(values))
     for name in ("model_name_or_path", "ref_model", "reward_model", "dataset", "output_dir", "cache_dir"):
         setattr(o, name, getattr(o, name) and os.path.expanduser(getattr(o, name)))   # in a file no shell does it
-    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # one GPU for each process
-    here = ["cuda"] * (torch.cuda.is_available() and enough) + ["cpu"]
-    if torch.backends.mps.is_available() and not dist.is_initialized():
-        here.insert(0, "mps")
+    mps = torch.backends.mps.is_available() and not dist.is_initialized()
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     check_options(o, here)
     o.device = here[0] if o.device == "auto" else o.device
     o.dtype = o.dtype or ("bfloat16" if o.device == "cuda" else "float32")
@@ -194,13 +202,9 @@ def check_options(o, devices):
     need("max_steps", o.max_steps == -1 or o.max_steps > 0, "-1 or a number above 0")
     need("seed", o.seed < 2**32, "below 2**32")
     need("eval_size", o.eval_size < 1 or o.eval_size == int(o.eval_size), "a share below 1 or a whole number")
-    need("device", o.device in ["auto", *devices],
-         f"auto or {' or '.join(devices)}, which is what torch finds here (one GPU for each process of a machine)")
+    need("device", o.device in ["auto", *devices], f"auto or {' or '.join(devices)}, which is what torch finds here")
     need("dataset", o.dataset or not o.model_name_or_path, "preference pairs for --model_name_or_path")
     need("output_dir", o.output_dir or not o.resume, "the directory of the run that --resume shall continue")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    need("hsdp", not o.hsdp or (world() > local and world() % local == 0),
-         "torchrun on several machines with the same number of processes, such as --nnodes 2 --nproc_per_node 8")
 
 
 def batch_size(options):
@@ -662,16 +666,6 @@ def tiny_pairs(path, tokenizer, options, file):
 
 
 # --------------------------------------------------------- 8. processes, models and runs: shard, load, save, resume
-def rank():
-    """The number of this process among those that torchrun started, 0 of 1 without it; rank 0 writes and prints."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    """The number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 @lru_cache
 def patient_group():
     """All ranks, for waiting on rank 0: tokenizing, or writing a model, takes longer than a collective may."""
@@ -687,7 +681,7 @@ def once(work, *args, **kwargs):
         if rank() == 0:
             box[0] = work(*args, **kwargs)
     except BaseException as e:
-        box[1] = getattr(e, "code", 2 if isinstance(e, InputError) else 1)
+        box[1] = 2 if isinstance(e, InputError) else 0 if isinstance(e, SystemExit) else 1   # SystemExit is --help's
         raise
     finally:
         dist.broadcast_object_list(box, src=0, group=patient_group())
@@ -711,6 +705,20 @@ def check_same(what, value):
         if theirs != values[0]:
             raise InputError(f"rank {other} has other {what} than rank 0: {theirs} and {values[0]}; expected the same "
                              "on all ranks")
+
+
+def check_processes(options):
+    """Raise InputError, on all ranks, where the options ask for GPUs or machines that are not there."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    for other, (local, gpus) in enumerate(gather(here)):
+        if options.device == "cuda" and gpus < local:
+            raise InputError(f"rank {other} finds {gpus} GPUs for the {local} processes of its machine; expected one "
+                             "for each: fewer with --nproc_per_node, or --device cpu")
+        if options.hsdp and (world() == local or world() % local):
+            raise InputError(f"--hsdp with {world()} processes, {local} of them on rank {other}'s machine; expected "
+                             "several machines with as many each, such as --nnodes 2 --nproc_per_node 8")
+    if dist.is_initialized():
+        print(f"{world()} processes on {options.device}, computing in {options.dtype}")
 
 
 def start_processes():
@@ -914,7 +922,11 @@ def load_checkpoint(folder, model, optimizer, scheduler):
         from torch.distributed.checkpoint.state_dict import set_state_dict
         state = training_state(model, optimizer, scheduler, **trainer)
         with reading(f"{path}"):
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            try:
+                dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            except dcp.api.CheckpointException as e:   # no Exception by descent; raised on all ranks
+                why = {repr(error) for error, _ in e.failures.values()}
+                raise OSError(f"{'; '.join(why)} (without it, the one before serves)") from e
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         torch.set_rng_state(state["rng"])
         trainer = json.loads(state["trainer"])
@@ -1228,6 +1240,9 @@ def run(options, tokenizer, pairs, counts):
     """Annotate the pairs with what the loss needs, then train -> {role: directory} of the models involved."""
     once(check_run, options, tokenizer, pairs)
     reference, folder = options.ref_model or options.model_name_or_path, Path(options.output_dir)
+    if options.save_steps and not all(gather(folder.is_dir())):
+        raise InputError(f"--output_dir {folder} is not there on all machines; expected a file system that they share, "
+                         "since each rank writes its part of a checkpoint")
     own_rewards = "chosen_rewards" in pairs.column_names
     found, facts = {"reference": reference}, {"data": pairs_fingerprint(pairs), "pairs": counts}
     if options.loss != "simpo":
@@ -1323,7 +1338,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
     for name, path in found.items():
         draws[name] = once(sample, path, prompts, options, tokenizer, f"sample: {name}")
         rows = datasets.Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": draws[name]})
-        logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in {path, reference, judge}}
+        logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in dict.fromkeys((path, reference, judge))}
         rhat[name] = [implicit_reward(*row, options.reward_beta or options.beta)
                       for row in zip(logps[judge], logps[reference])]
         table[name] = {"KL": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
@@ -1374,6 +1389,7 @@ def command(argv):
         check_same("command line", argv)
         options = once(read_options, argv)
         folder = Path(options.output_dir)
+        check_processes(options)
         once(open_folder, folder, options)
         if options.model_name_or_path is None:
             run_tiny(options)
@@ -1411,8 +1427,9 @@ def main(argv):
     except RuntimeError as e:   # what gloo and NCCL raise when another process is gone
         if not (dist.is_initialized() and re.search("gloo|NCCL|monitoredBarrier", str(e))):
             raise
-        print(f"tgdpo.py: rank {rank()} cannot reach another rank, which was killed or has failed; the same command "
-              f"with --resume and its --output_dir continues ({' '.join(str(e).split())[:150]})", file=sys.stderr)
+        print(f"tgdpo.py: rank {rank()} cannot reach another rank, which was killed or has failed, unless the network "
+              "has; the same command with --resume and its --output_dir continues. What was reported: "
+              + " ".join(str(e).split()), file=sys.stderr)
         return 1
 
 

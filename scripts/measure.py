@@ -72,25 +72,29 @@ def random_pairs(n, length, vocabulary):
 def measure(options, length, steps):
     """-> {"annotate": bytes, "train": bytes, "seconds": of a step}; the peaks are this rank's."""
     cuda = options.device == "cuda"
-    pairs = random_pairs(tgdpo.batch_size(options), length, tgdpo.load_config(options.model_name_or_path).vocab_size)
+    vocabulary = tgdpo.once(tgdpo.load_config, options.model_name_or_path).vocab_size
+    pairs = random_pairs(tgdpo.batch_size(options), length, vocabulary)
     before = forget_peak(options.device)
     model = tgdpo.load_model(options.model_name_or_path, options)
+    # Before any forward, after which FSDP would show gathered weights; AdamW's state comes with the first step.
+    optimizer, scheduler, _ = tgdpo.make_optimizer(model, len(pairs), options)
     forget_peak(options.device)   # loading is another matter: rank 0 has held all the weights
     one_pass = range(options.per_device_train_batch_size * tgdpo.world())
     tgdpo.pass_over(model, pairs.select(one_pass), options, learn=False)
     found = {"annotate": peak(options.device) - before}
-    optimizer, scheduler, _ = tgdpo.make_optimizer(model, len(pairs), options)
     forget_peak(options.device)
     for step in range(steps + 1):
         if step == 1:   # the first one allocates AdamW's state
             torch.cuda.synchronize() if cuda else None
             began = time.perf_counter()
         tgdpo.pass_over(model, pairs, options, learn=True)
-        tgdpo.clip_gradients(model, options.max_grad_norm)
+        tgdpo.clip_gradients(model, options.max_grad_norm or tgdpo.math.inf)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
     torch.cuda.synchronize() if cuda else None
+    if len(optimizer.state) != len([*model.parameters()]):
+        raise RuntimeError("the optimizer does not hold all weights; what was measured is not training")
     return found | {"train": peak(options.device) - before, "seconds": (time.perf_counter() - began) / steps}
 
 
@@ -104,11 +108,30 @@ def main(argv):
     parser.add_argument("--peak", type=float, default=989, help="as in plan.py")
     own, rest = parser.parse_known_args(argv)
     joined = tgdpo.start_processes()
-    options = tgdpo.once(tgdpo.read_options, rest)
+    try:
+        report(own, tgdpo.once(tgdpo.read_options, rest))
+        status = 0
+    except tgdpo.InputError as e:   # on the other ranks it is a quiet SystemExit
+        print(f"measure.py: error: {e}", file=sys.stderr)
+        status = 2
+    except SystemExit as e:
+        status = e.code
+    if joined:
+        tgdpo.finish_processes()
+    return status
+
+
+def report(own, options):
+    """Measure, and print it beside the estimate."""
+    if not options.model_name_or_path:
+        raise tgdpo.InputError("no --model_name_or_path; expected a model whose configuration is to be measured")
+    tgdpo.check_processes(options)
     name, folder = options.model_name_or_path, tgdpo.once(tempfile.mkdtemp)
     tgdpo.once(random_model, name, folder)
-    options.model_name_or_path = folder
-    found = tgdpo.gather(measure(options, own.length, own.steps))
+    found = tgdpo.gather(measure(tgdpo.replace(options, model_name_or_path=folder), own.length, own.steps))
+    tgdpo.once(tgdpo.shutil.rmtree, folder)
+    if tgdpo.rank():
+        return
     shards = int(tgdpo.os.environ.get("LOCAL_WORLD_SIZE", 1)) if options.hsdp else tgdpo.world()
     pairs = options.per_device_train_batch_size
     about, cost = plan.costs(options, 2 * pairs, own.length)
@@ -129,10 +152,6 @@ def main(argv):
     print(f"{seconds:.2f} s a step of {batch} pairs, {batch * 2 * own.length / seconds:.0f} tokens a second; "
           f"{operations / seconds / 1e12:.3g} x 10^12 operations a second"
           + f", {operations / seconds / (tgdpo.world() * own.peak * 1e12):.1%} of peak" * (options.device == "cuda"))
-    tgdpo.once(tgdpo.shutil.rmtree, folder)
-    if joined:
-        tgdpo.finish_processes()
-    return 0
 
 
 if __name__ == "__main__":

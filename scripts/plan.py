@@ -4,8 +4,9 @@
     python scripts/plan.py scripts/llama3_8b_instruct_pairrm.yaml
     python scripts/plan.py scripts/llama3_8b_instruct_pairrm.yaml --gpus 4 --gradient_checkpointing false
 
-Options of tgdpo.py override the file's, as they do there; the plan's own are in --help. Only the model's configuration
-is read. Activations and operations are not guessed by a formula: the model is built without weights (torch's meta
+Options of tgdpo.py override the file's, as they do there; the plan's own are in --help. It is for runs under torchrun,
+with one GPU too (plain python computes under autocast, which keeps more). Of the model the configuration alone is read;
+data and tokenizer are, for the lengths, if they are on this machine. Activations and operations are not guessed by a formula: the model is built without weights (torch's meta
 device), its blocks run forwards and backwards on tensors without content, and torch counts what autograd keeps and
 what would be multiplied. The rest is arithmetic on what section 8 of tgdpo.py does. It is an estimate all the same:
 allocator, NCCL and CUDA's own memory are allowed for by filling a GPU to 90 % only.
@@ -97,7 +98,8 @@ def costs(options, sequences, tokens):
 
 
 def memory(options, about, cost, responses, shards):
-    """Bytes on each GPU -> {stage: {part: bytes}}; responses is the number of response tokens in a micro-batch."""
+    """Bytes on each GPU at the moment that takes most -> {stage: {part: bytes}}; responses is the number of response
+    tokens in a micro-batch."""
     size = 2 if options.dtype == "bfloat16" else 4
     logits = min(4 * responses * about.vocabulary, tgdpo.LOGITS_BYTES)
     weights = 4 * about.weights / shards
@@ -105,12 +107,13 @@ def memory(options, about, cost, responses, shards):
     gathered = size * (about.rest + 2 * about.block)
     frozen = {"weights": weights, "gradients": 0, "AdamW": 0, "gathered": gathered,
               "activations": cost.one_block, "log-probs": 2.5 * logits}
-    # While a block's gradient is reduced: the gradient, and its float32 copy. The rest's stays until the end.
-    gathered += size * (about.rest + about.block) + 4 * about.block
-    activations = cost.activations + cost.one_block * options.gradient_checkpointing
-    log_probs = 4 * logits + 2 * size * responses * about.hidden   # logits and their gradient, in both types
-    train = {"weights": weights, "gradients": weights, "AdamW": 2 * weights, "gathered": gathered,
-             "activations": activations, "log-probs": log_probs}
+    # While a block's gradient is reduced: the gradient, and its float32 copy. The rest's gradient waits for the end.
+    during = {"gathered": gathered + size * (about.rest + about.block) + 4 * about.block,
+              "activations": cost.activations + cost.one_block * options.gradient_checkpointing,
+              # logits and their gradient, in both types
+              "log-probs": 4 * logits + 2 * size * responses * about.hidden}
+    end = {"gathered": (size + 4) * about.rest, "activations": 0, "log-probs": 0}
+    train = {"weights": weights, "gradients": weights, "AdamW": 2 * weights} | max(during, end, key=total)
     return {"annotate": frozen, "train": train}
 
 
@@ -186,8 +189,8 @@ def read_plan(argv):
     given = yaml.safe_load(Path(rest[0]).read_text(encoding="utf-8")) if not rest[0].startswith("-") else {}
     if "dtype" not in given and not any(arg.startswith("--dtype") for arg in rest):
         options.dtype = "bfloat16"   # what a GPU takes by default; this machine may have none
-    if options.hsdp and plan.gpus <= plan.gpus_per_machine:
-        raise tgdpo.InputError(f"--hsdp with {plan.gpus} GPUs on one machine of {plan.gpus_per_machine}; expected more")
+    if options.hsdp and (plan.gpus <= plan.gpus_per_machine or plan.gpus % plan.gpus_per_machine):
+        raise tgdpo.InputError(f"--hsdp with {plan.gpus} GPUs on machines of {plan.gpus_per_machine}; expected several full ones")
     return plan, options
 
 

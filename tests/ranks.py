@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import tgdpo
+from conftest import eight_pairs
 
 IDS = torch.tensor([[7, 9, 11, 13, 8, 3, 0, 0], [7, 9, 14, 3, 0, 0, 0, 0], [8, 15, 16, 17, 18, 19, 20, 3]])
 RESPONSE = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]]).bool()
@@ -56,6 +57,27 @@ def compare_with_plain(path, folder, **changes):
         "dropout": sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}),
     }
     return found
+
+
+def table(path):
+    """The metrics of seven pairs, pair by pair, from passes of one pair."""
+    options = tgdpo.Options(loss="simpo", device="cpu", dtype="float32", per_device_train_batch_size=1)
+    pairs, _ = tgdpo.tokenize(eight_pairs()[:7], tgdpo.load_tokenizer(path), 64, "pairs")
+    return tgdpo.pass_over(tgdpo.load_model(path, options), pairs, options, learn=False)
+
+
+def bfloat16(path):
+    """A gradient that ranks make of different sequences, computed in bfloat16 -> the share of its numbers that bfloat16
+    cannot hold, which are there only if float32 numbers were averaged; and how far the log-probs are from float32's."""
+    ids = IDS.roll(tgdpo.rank(), 1)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model = tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype=dtype))
+        found[dtype] = model.token_logps(ids, RESPONSE)
+        found[dtype].sum().backward()
+    grad = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+    away = (found["bfloat16"] - found["float32"]).abs().max().item()
+    return {"away": away, "beyond bfloat16": (grad != grad.bfloat16().float()).float().mean().item()}
 
 
 def loading(path):
@@ -100,6 +122,8 @@ def main(job):
     tgdpo.LOGITS_BYTES = 2**28
     if "large" in job:
         found |= {"loading": loading(job["large"]), "waiting": waiting()}
+        found["table"] = table(job["models"]["llama, untied"][0])
+        found["bfloat16"] = bfloat16(job["models"]["llama, untied"][0])
     original = tgdpo.add_columns
     for run in job["runs"]:
         for name, value in run.get("set", {}).items():
@@ -108,6 +132,8 @@ def main(job):
             tgdpo.add_columns = lambda pairs, name, columns: original(pairs, name, [c[::-1] for c in columns])
         if "unfinish" in run:
             tgdpo.once(unfinish, run["unfinish"])
+        if "damage" in run:
+            tgdpo.once(Path(run["damage"]).write_bytes, b"half a file")
         argv = run["argv"] + ([f"--seed={tgdpo.os.environ['RANK']}"] if run.get("own seed") else [])
         found["statuses"].append(tgdpo.main(argv))
         tgdpo.add_columns = original

@@ -15,7 +15,7 @@ import transformers
 
 import tgdpo
 from conftest import Bench, eight_pairs, make_model, rows_of, small_config, word_tokenizer, write_rows
-from ranks import unfinish
+from ranks import table, unfinish
 from test_train import close, curve
 
 ROOT = Path(tgdpo.__file__).parent
@@ -138,6 +138,10 @@ class Launched:
             add("other_command", loss="dpo", max_steps=2, extra={"own seed": True})
             add("other_columns", loss="dpo", max_steps=2, extra={"spoil": True}, **own)
             add("no_machines", "--hsdp", loss="dpo")
+            add("damaged", **again)
+            damage = dict(unfinish=f"{b}/damaged", damage=f"{b}/damaged/checkpoint-3/__1_0.distcp")
+            argv = bench.argv("--resume", out=f"{b}/damaged", **again)
+            self.runs["no_checkpoint"] = dict(argv=argv, **damage)
             add(
                 "not_finite",
                 loss="dpo",
@@ -231,6 +235,13 @@ def test_loading_takes_a_share_of_memory_on_all_ranks_but_the_first(two):
     assert two.found["loading"]["freed"], "nothing holds a model that is not used any more"
 
 
+def test_the_metrics_of_pairs_are_put_together_in_data_order(two):
+    want = table(two.models["llama, untied"][0])
+    assert two.found["table"].keys() == want.keys()
+    for name, values in want.items():
+        assert two.found["table"][name] == pytest.approx(values, abs=1e-5) and len(values) == 7, name
+
+
 def test_ranks_wait_for_the_first_longer_than_for_each_other(two):
     assert two.found["waiting"] == "patient"
 
@@ -256,6 +267,8 @@ def test_bfloat16_is_computed_but_not_kept(two):
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=5e-3)
     weights = transformers.AutoModelForCausalLM.from_pretrained(two.bench.folder / "bfloat16", dtype="auto")
     assert {p.dtype for p in weights.parameters()} == {torch.float32}
+    assert 1e-3 < two.found["bfloat16"]["away"] < 0.5, "computed in bfloat16"
+    assert two.found["bfloat16"]["beyond bfloat16"] > 0.3, "averaged in float32"
 
 
 @pytest.mark.parametrize("launch", ["two", "four"])
@@ -297,14 +310,15 @@ def test_the_tiny_mode_on_two_ranks(two, monkeypatch):
 def test_bad_input_is_said_once_and_ends_all_ranks(two):
     text = two.ends[0][1]
     assert two.ends[0][0] == 0, text
-    wrong = ["no_data", "other_command", "other_columns", "no_machines", "not_finite"]
-    assert [two.statuses[name] for name in wrong] == [2, 2, 2, 2, 1]
-    assert text.count("tgdpo.py: error: ") == 4 and text.count("tgdpo.py: stopped at ") == 1
+    wrong = ["no_data", "other_command", "other_columns", "no_machines", "no_checkpoint", "not_finite"]
+    assert [two.statuses[name] for name in wrong] == [2, 2, 2, 2, 2, 1]
+    assert text.count("tgdpo.py: error: ") == 5 and text.count("tgdpo.py: stopped at ") == 1
     assert "nothing.json: no such file" in text
     assert "rank 1 has other command line than rank 0" in text
     assert "rank 1 has other pairs (their fingerprint) than rank 0" in text
-    assert "--hsdp is True; expected torchrun on several machines" in text
-    assert text.count("tgdpo.py: stopped at step 2: the") == 1
+    assert "--hsdp with 2 processes, 2 of them on rank 0's machine; expected several machines" in text
+    assert "damaged/checkpoint-3 cannot be used: OSError: " in text and "the one before serves" in text
+    assert text.count("tgdpo.py: stopped at step 2: the loss of pair [") == 1
     assert text.count("done: ") == list(two.statuses.values()).count(0) > 5, "rank 0 alone prints"
     assert "Traceback" not in text
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import tgdpo
 from conftest import make_model, word_tokenizer, write_rows
@@ -126,6 +127,24 @@ def test_help_shows_every_option_with_its_default(capsys):
         assert f"--{field.name}" in text
     assert text.count("(default:") == len(tgdpo.fields(tgdpo.Options))
     assert all(f"--{name} {value}" in text for name, value in tgdpo.TINY.items())
+
+
+def test_processes_without_a_gpu_of_their_own_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(tgdpo.InputError, match="rank 0 finds 4 GPUs for the 8 processes of its machine"):
+        tgdpo.check_processes(tgdpo.Options(device="cuda"))
+    tgdpo.check_processes(tgdpo.Options(device="cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    tgdpo.check_processes(tgdpo.Options(device="cuda"))
+
+
+def test_checkpoints_need_an_output_directory_that_all_machines_see(bench, monkeypatch, capsys):
+    monkeypatch.setattr(tgdpo, "gather", lambda value: [value, False])  # what another machine would answer
+    monkeypatch.setattr(tgdpo, "check_same", lambda *_: None)
+    monkeypatch.setattr(tgdpo, "check_processes", lambda *_: None)
+    bench.train(loss="dpo", save_steps=1, status=2)
+    assert "is not there on all machines; expected a file system that they share" in capsys.readouterr().err
 
 
 def test_bad_data_is_found_before_any_model_is_loaded(tmp_path, capsys, monkeypatch):

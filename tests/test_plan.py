@@ -97,6 +97,21 @@ def test_memory_by_hand(tmp_path):
     assert plan.total(parts["train"]) > plan.total(parts["annotate"])
 
 
+def test_with_hsdp_weights_are_sharded_inside_a_machine(tmp_path, capsys):
+    flags = ["--model_name_or_path", small(tmp_path), "--dataset", "d", "--gpus", 16]
+    assert "GPUs: 16 of 80 GiB, weights in 16 shards" in planned(capsys, *flags)
+    assert "GPUs: 16 of 80 GiB, weights in 8 shards" in planned(capsys, *flags, "--hsdp")
+    assert "weights in 4 shards" in planned(capsys, *flags, "--hsdp", "--gpus_per_machine", 4)
+
+
+def test_the_end_of_the_backward_pass_may_take_most(tmp_path):
+    """A large vocabulary before one small block: 2 bytes of gradient and their float32 copy for each of its weights."""
+    options = tgdpo.Options(str(small(tmp_path, vocab_size=50000, num_hidden_layers=1)), dtype="bfloat16")
+    about, cost = plan.costs(options, 2, 8)
+    train = plan.memory(options, about, cost, 2, 4)["train"]
+    assert train["gathered"] == 6 * about.rest and train["activations"] == train["log-probs"] == 0
+
+
 def test_operations_by_hand(tmp_path):
     """Forwards 2 for each weight of a block's matrices and token, and 4 T T hidden for attention in each block and
     sequence; backwards twice that; with gradient checkpointing forwards again, but for what is not needed again."""
@@ -175,7 +190,10 @@ def test_lengths_are_the_datas_where_it_is_here(tmp_path, capsys):
         (["--gpus", "0"], "--gpus is 0; expected a number above 0"),
         (["--model_name_or_path", "m", "--dataset", "d", "--gpu", "3"], "unknown option --gpu"),
         (["--model_name_or_path", "nothing", "--dataset", "d"], "the configuration of model nothing cannot be used"),
-        (["--model_name_or_path", "m", "--dataset", "d", "--hsdp"], "--hsdp"),
+        (
+            ["--model_name_or_path", "m", "--dataset", "d", "--hsdp"],
+            "--hsdp with 8 GPUs on machines of 8; expected several full ones",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, argv, message, monkeypatch):
@@ -185,11 +203,12 @@ def test_bad_input_is_one_line(capsys, argv, message, monkeypatch):
 
 
 def test_measured_beside_estimated(tmp_path):
-    """measure.py in one process, on a model of 6 million weights: the estimate is of the measured order."""
+    """measure.py, sharded over one process, on a model of 6 million weights: the estimate is of the measured order."""
     model = small(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=4000)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(dict(model_name_or_path=str(model), dataset="d", device="cpu", dtype="float32")))
-    command = [sys.executable, SCRIPTS / "measure.py", file, "--length", "256", "--steps", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    command = [*launch, SCRIPTS / "measure.py", file, "--length", "256", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     estimated, measured = map(float, re.search(r"train +estimated +(\S+) GiB.*: (\S+)", done.stdout).groups())
