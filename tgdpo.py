@@ -723,7 +723,7 @@ def check_processes(options):
 
 def start_processes():
     """Join the others, if torchrun started this process: NCCL between GPUs, gloo between CPUs -> whether it did."""
-    if dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return False
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local < gpus:
@@ -1010,14 +1010,14 @@ def token_columns(name, pairs, options, title):
     share = {}   # pairs of this rank -> the log-probs of their sides
     for start in tqdm(range(0, len(order), size), desc=title, disable=rank() > 0 or None):
         mine = order[start:start + size][rank()::world()]
-        rows = pairs[mine or order[:1]]   # all ranks run equally often, if need be for nothing
+        rows = pairs[mine or order[-1:]]   # all ranks run equally often, if need be for nothing
         batch = collate(rows, model.device)
         logps = model.token_logps(batch["input_ids"], batch["response_mask"]).cpu().double().numpy()    # (N, R)
         for k, i in enumerate(mine):
             share[i] = [logps[k + j * len(mine), :len(rows[side][k])] for j, side in enumerate(sides)]
     found = {i: values for part in gather(share) for i, values in part.items()}
     for i in range(len(pairs)):
-        if not math.isfinite(sum(map(sum, found[i]))):
+        if not all(math.isfinite(values.sum()) for values in found[i]):
             raise FloatingPointError(f"{title}: a log-prob of model {name} for pair {i} is not finite")
     return [[found[i][j] for i in range(len(pairs))] for j in range(len(sides))]
 
@@ -1338,7 +1338,8 @@ def tiny_report(options, tokenizer, found, prompts, known):
     for name, path in found.items():
         draws[name] = once(sample, path, prompts, options, tokenizer, f"sample: {name}")
         rows = datasets.Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": draws[name]})
-        logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in dict.fromkeys((path, reference, judge))}
+        judges = dict.fromkeys((path, reference, judge))   # each once, in the same order on all ranks
+        logps = {p: token_columns(p, rows, options, f"judge: {name}")[0] for p in judges}
         rhat[name] = [implicit_reward(*row, options.reward_beta or options.beta)
                       for row in zip(logps[judge], logps[reference])]
         table[name] = {"KL": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),

@@ -117,6 +117,17 @@ def memory(options, about, cost, responses, shards):
     return {"annotate": frozen, "train": train}
 
 
+def stages_of(options):
+    """-> [(stage, its model, whether it is trained)], in the order of the run. A data set that brings its own token
+    rewards needs no reward model."""
+    model, judge = options.model_name_or_path, options.reward_model
+    found = [("annotate: reference", options.ref_model or model, False)] * (options.loss != "simpo")
+    if options.loss == "tgdpo":
+        found += [("train: reward model", model, True)] * (not judge)
+        found += [("annotate: reward model", judge or model, False)]
+    return found + [(f"train: {options.loss}", model, True)]
+
+
 def total(parts):
     """Bytes of a stage."""
     return sum(parts.values())
@@ -138,8 +149,18 @@ def lengths_of(options, plan):
             math.ceil(sum(chosen + rejected) / (2 * len(pairs))), "lengths are the data's")
 
 
+def of_a_pair(options, tokens, response):
+    """Operations for a pair of sequences of so many tokens -> (forwards, forwards and backwards). The body's are counted;
+    of the head 2 for each weight and token forwards, 4 backwards, 2 again where log-probs come in several chunks."""
+    about, cost = costs(options, 2, tokens)
+    head = 2 * 2 * response * about.hidden * about.vocabulary
+    chunks = 4 * 2 * options.per_device_train_batch_size * response * about.vocabulary > tgdpo.LOGITS_BYTES
+    return cost.forward + head, cost.both + (3 + chunks) * head
+
+
 def training_bytes(options, longest, shards):
-    """Bytes on each GPU that training takes, with all of a micro-batch at the longest length."""
+    """Bytes on each GPU that training takes, with all of a micro-batch at the longest length. (A larger reference or
+    reward model is only annotated with; it fits where training does, unless it is very much larger.)"""
     sequences = 2 * options.per_device_train_batch_size
     about, cost = costs(options, sequences, longest)
     return total(memory(options, about, cost, sequences * longest, shards)["train"])
@@ -210,7 +231,7 @@ def report(plan, options):
     pairs, longest, mean, response, source = lengths_of(options, plan)
     shards = plan.gpus_per_machine if options.hsdp else plan.gpus
     micro = options.per_device_train_batch_size
-    about, cost = costs(options, 2 * micro, longest)
+    about, _ = costs(options, 2 * micro, longest)
     batch = tgdpo.batch_size(options) * plan.gpus
     recompute = "on" if options.gradient_checkpointing else "off"
     print(f"{about.name}: {about.weights / 1e9:.2f} billion weights, {about.blocks} blocks of {about.block / 1e6:.0f} "
@@ -220,12 +241,16 @@ def report(plan, options):
     passes = options.gradient_accumulation_steps
     print(f"a step: {batch} pairs = {plan.gpus} GPUs x {micro} in a pass x {passes} passes")
     print(f"data: {pairs} pairs, {mean} tokens in a sequence on average ({source})")
-    stages = memory(options, about, cost, 2 * micro * longest, shards)
     print("\nestimated GiB on each GPU, all sequences at the longest")
-    print(" " * 10 + "".join(f"{name:>13}" for name in [*stages["train"], "total"]))
-    for stage, parts in stages.items():
-        print(f"{stage:10}" + "".join(f"{value / GIB:13.1f}" for value in [*parts.values(), total(parts)]))
-    usable, needed = USABLE * plan.gpu_memory * GIB, total(stages["train"])
+    needed, usable = 0, USABLE * plan.gpu_memory * GIB
+    for stage, name, trains in stages_of(options):
+        of_stage = tgdpo.replace(options, model_name_or_path=name)
+        parts = memory(of_stage, *costs(of_stage, 2 * micro, longest), 2 * micro * longest, shards)
+        parts = parts["train" if trains else "annotate"]
+        if not needed:
+            print(" " * 22 + "".join(f"{part:>12}" for part in [*parts, "total"]))
+        print(f"{stage:22}" + "".join(f"{value / GIB:12.1f}" for value in [*parts.values(), total(parts)]))
+        needed = max(needed, total(parts))
     if needed <= usable:
         print(f"fits: {needed / GIB:.0f} of {plan.gpu_memory:g} GiB")
     else:
@@ -235,25 +260,18 @@ def report(plan, options):
     print(f"host memory of rank 0 while it loads or writes a model: {4 * about.weights / GIB:.0f} GiB; a checkpoint: "
           f"{12 * about.weights / GIB:.0f} GiB of disk")
 
-    # Operations of a pair at the mean length: 2 for each weight of the head and token forwards, 4 backwards, and 2
-    # again where the log-probs come in several chunks; the body's are counted.
-    _, one = costs(options, 2, mean)
-    head = 2 * 2 * response * about.hidden * about.vocabulary
-    again = 4 * 2 * micro * response * about.vocabulary > tgdpo.LOGITS_BYTES
-    forward, both = one.forward + head, one.both + (3 + again) * head
     epochs = math.ceil(options.num_train_epochs * math.ceil(pairs / batch))
     steps = options.max_steps if options.max_steps > 0 else epochs
     seen = pairs * steps / math.ceil(pairs / batch)   # the last step of an epoch may be smaller
-    speed = plan.gpus * plan.peak * 1e12 * plan.fraction
-    print(f"\noperations: {both * batch:.2e} a step, recomputing included; at {100 * plan.fraction:g} % of the peak "
-          f"({speed:.2e} a second) {both * batch / speed:.1f} seconds")
-    trainings = 2 if options.loss == "tgdpo" and not options.reward_model else 1
-    annotations = {"tgdpo": 2, "dpo": 1, "simpo": 0}[options.loss]
-    work = {f"{annotations} annotations": annotations * forward * pairs,
-            f"{trainings} trainings of {steps} steps": trainings * both * seen}
-    work["the whole run"] = sum(work.values())
-    for what, operations in work.items():
-        print(f"{what:26} {operations:10.2e} operations {operations / speed / 3600:8.2f} hours")
+    speed, hours = plan.gpus * plan.peak * 1e12 * plan.fraction, 0
+    print(f"\noperations, recomputing included, and time at {100 * plan.fraction:g} % of the peak ({speed:.2e} a second)")
+    for stage, name, trains in stages_of(options):
+        forward, both = of_a_pair(tgdpo.replace(options, model_name_or_path=name), mean, response)
+        operations = both * seen if trains else forward * pairs
+        hours += operations / speed / 3600
+        step = f", {steps} steps of {both * batch:.2e}: {both * batch / speed:.1f} seconds" * trains
+        print(f"{stage:22}{operations:12.2e}{operations / speed / 3600:8.2f} hours{step}")
+    print(f"{'the whole run':22}{hours * 3600 * speed:12.2e}{hours:8.2f} hours")
     print("Held-out pairs, loading, saving and unequal lengths in a pass are not counted.")
 
 

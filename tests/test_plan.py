@@ -75,6 +75,34 @@ def test_the_papers_settings_and_the_verdicts_in_their_files(name, tmp_path, cap
     assert sum(p.numel() for p in plan.empty_model(model, "bfloat16", True).parameters()) == weights
 
 
+def test_the_plan_in_the_readme(tmp_path, capsys):
+    readme = (SCRIPTS.parent / "README.md").read_text()
+    name, model = "llama3_8b_instruct_pairrm", "meta-llama/Meta-Llama-3-8B-Instruct"
+    shown = readme.split(f"    $ python scripts/plan.py scripts/{name}.yaml\n")[1].split("\nIt plans for")[0]
+    here = configuration(tmp_path, PUBLISHED[name][0])
+    out = planned(capsys, SCRIPTS / f"{name}.yaml", "--model_name_or_path", here).replace(str(here), model)
+    assert [line.strip() for line in shown.splitlines()] == [line.strip() for line in out.splitlines()]
+
+
+def test_the_stages_of_a_run():
+    stages = lambda **options: plan.stages_of(tgdpo.Options("m", **options))
+    reference, train = ("annotate: reference", "m", False), ("train: tgdpo", "m", True)
+    judge = [("train: reward model", "m", True), ("annotate: reward model", "m", False)]
+    assert stages() == [reference, *judge, train]
+    assert stages(reward_model="r") == [reference, ("annotate: reward model", "r", False), train]
+    assert stages(loss="dpo", ref_model="s") == [("annotate: reference", "s", False), ("train: dpo", "m", True)]
+    assert stages(loss="simpo") == [("train: simpo", "m", True)]
+
+
+def test_a_reward_model_of_another_size_is_planned_for(tmp_path, capsys):
+    """Twice the blocks: about twice the operations and weights of its annotation."""
+    flags = ["--model_name_or_path", small(tmp_path / "m"), "--dataset", "d", "--gpus", 1, "--gpu_memory", 1]
+    out = planned(capsys, *flags, "--reward_model", small(tmp_path / "r", num_hidden_layers=6))
+    reference, judge = [float(re.search(rf"annotate: {x} +(\S+e\S+)", out)[1]) for x in ("reference", "reward model")]
+    assert 1.5 < judge / reference < 2
+    assert "train: reward model" not in out
+
+
 def small(tmp_path, **changes):
     sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
     return configuration(tmp_path, llama(**sizes | dict(num_key_value_heads=2) | changes))
