@@ -84,8 +84,7 @@ def loading(path):
     """Bytes that each rank takes at most while a model is loaded, beyond what it held before (Linux)."""
     status = Path("/proc/self/status")
     held = lambda what: next(1024 * int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith(what))
-    tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32"))  # all libraries are there now
-    gc.collect()
+    gc.collect()  # small models have been loaded before, so that all libraries are there
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = held("VmRSS")
     model = tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32"))
