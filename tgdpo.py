@@ -68,8 +68,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
 
 
+# ------------------------------------------------------------------------------------------- 1. errors and processes
 class InputError(Exception):
-    """What the user gave cannot be used; main() prints it as one line and returns 2."""
+    """What the user gave cannot be used; command() prints it as one line and returns 2."""
 
 
 @contextmanager
@@ -121,7 +122,7 @@ class Options:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
     num_train_epochs: float = option(1.0, "passes over the pairs")
     max_steps: int = option(-1, "optimizer steps, instead of epochs; -1: epochs")
-    per_device_train_batch_size: int = option(1, "pairs in one forward pass")
+    per_device_train_batch_size: int = option(1, "pairs in one forward pass of a process")
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step")
     eval_size: float = option(0, "pairs held out for evaluation; below 1: a share of all pairs")
     eval_steps: int | None = option(None, "evaluate each so many steps; none: at the end only")
@@ -143,7 +144,7 @@ TINY = dict(beta=0.5, alpha=0.05, max_length=256, learning_rate=3e-4, num_train_
 NEW_TOKENS = 32   # the longest response that the tiny mode draws
 # Numbers that may be 0; all others must be above it (but gamma and max_steps, which have rules of their own).
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
-# What a --resume may change: where and what is reported, not what is learned.
+# What a --resume may change: where and how it computes and what is reported, not what is learned.
 MAY_CHANGE = ("resume output_dir cache_dir device hsdp gradient_checkpointing save_steps eval_steps logging_steps "
               "per_device_train_batch_size gradient_accumulation_steps").split()   # of the last two the product stays
 
@@ -668,7 +669,8 @@ def tiny_pairs(path, tokenizer, options, file):
 # --------------------------------------------------------- 8. processes, models and runs: shard, load, save, resume
 @lru_cache
 def patient_group():
-    """All ranks, for waiting on rank 0: tokenizing, or writing a model, takes longer than a collective may."""
+    """All ranks, for waiting on rank 0: tokenizing, or writing a model, takes longer than a collective may. The first
+    call makes the group and is itself a collective."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
@@ -676,15 +678,15 @@ def once(work, *args, **kwargs):
     """work(*args, **kwargs), done by rank 0 alone -> its result, on all ranks. Where it fails, the others leave."""
     if not dist.is_initialized():
         return work(*args, **kwargs)
-    box = [None, None]   # the result, or the exit status
-    try:
-        if rank() == 0:
+    box, error = [None, None], None   # the result, or the exit status
+    if rank() == 0:
+        try:
             box[0] = work(*args, **kwargs)
-    except BaseException as e:
-        box[1] = 2 if isinstance(e, InputError) else 0 if isinstance(e, SystemExit) else 1   # SystemExit is --help's
-        raise
-    finally:
-        dist.broadcast_object_list(box, src=0, group=patient_group())
+        except (Exception, SystemExit) as e:   # SystemExit is --help's; after Ctrl-C nobody waits any more
+            error, box[1] = e, {InputError: 2, SystemExit: 0}.get(type(e), 1)
+    dist.broadcast_object_list(box, src=0, group=patient_group())
+    if error:
+        raise error
     if box[1] is not None:
         raise SystemExit(box[1])   # rank 0 says why
     return box[0]
@@ -708,7 +710,7 @@ def check_same(what, value):
 
 
 def check_processes(options):
-    """Raise InputError, on all ranks, where the options ask for GPUs or machines that are not there."""
+    """Raise InputError, on all ranks, where the options ask for GPUs or machines that are not there; say what is."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     for other, (local, gpus) in enumerate(gather(here)):
         if options.device == "cuda" and gpus < local:
@@ -759,7 +761,7 @@ def shard(model, options):
             fully_shard(module, mesh=device_mesh(options.device, options.hsdp), mp_policy=policy)
     # What is left is one unit: embedding and head, which may be one and the same tensor, and the last norm.
     fully_shard(model, mesh=device_mesh(options.device, options.hsdp), mp_policy=policy)
-    model.token_logps = partial(token_logps, model)   # without autocast: the policy has cast already
+    model.token_logps = partial(token_logps, model, dtype="float32")   # no autocast: the policy does the casting
     register_fsdp_forward_method(model, "token_logps")   # gathers the last unit when this method runs
 
 
@@ -886,7 +888,7 @@ def save_model(model, tokenizer, folder):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         twice = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-        weights = {name: value for name, value in weights.items() if name not in twice}   # tied to one that is there
+        weights = {name: value for name, value in weights.items() if name not in twice}   # second names of tied ones
     once(write_model, model, tokenizer, folder, weights)
 
 
@@ -920,11 +922,11 @@ def load_checkpoint(folder, model, optimizer, scheduler):
     if path is not None:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
-        state = training_state(model, optimizer, scheduler, **trainer)
+        state = training_state(model, optimizer, scheduler, **trainer)   # the shapes to load into
         with reading(f"{path}"):
             try:
                 dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-            except dcp.api.CheckpointException as e:   # no Exception by descent; raised on all ranks
+            except dcp.api.CheckpointException as e:   # not a subclass of Exception; raised on all ranks
                 why = {repr(error) for error, _ in e.failures.values()}
                 raise OSError(f"{'; '.join(why)} (without it, the one before serves)") from e
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -1028,7 +1030,7 @@ def annotate(name, pairs, options, title):
     What is kept are raw log-probs, without any beta: no option of the loss can make them stale.
     """
     pairs = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    kind = options.dtype + "-sharded" * (dist.is_initialized() and options.dtype == "bfloat16")   # it rounds elsewhere
+    kind = options.dtype + "-sharded" * (dist.is_initialized() and options.dtype == "bfloat16")   # FSDP rounds elsewhere
     store = Path(options.cache_dir) / f"{once(model_fingerprint, name)}-{pairs_fingerprint(pairs)}-{kind}"
     saved = once(lambda: datasets.load_from_disk(str(store), keep_in_memory=True) if store.is_dir() else None)
     if saved is not None:
@@ -1098,7 +1100,7 @@ def pass_over(model, pairs, options, learn):
         rows = pairs[:1] if spare else mine[start:start + size]
         with torch.set_grad_enabled(learn):
             losses, metrics = forward(model, collate(rows, model.device), options)
-        if learn:   # times world: FSDP averages over ranks
+        if learn:   # times world, since FSDP averages over ranks; times 0 where the pair is not this rank's
             (losses.sum() * (0 if spare else world() / len(pairs))).backward()
         for name, values in metrics.items():
             table.setdefault(name, []).append(values[:0] if spare else values)
@@ -1215,8 +1217,8 @@ def check_finite(losses, norm, pairs, step, folder):
     """Stop a run whose loss or gradient is no number, before it reaches the weights."""
     bad = [i for i, loss in zip(pairs["index"], losses) if not math.isfinite(loss)]
     if bad or not math.isfinite(norm):
-        what = f"loss of pair {bad}" if bad else f"gradient of pairs {list(pairs['index'])}"
-        raise FloatingPointError(f"step {step}: the {what} (rows of the data set, from 0) is not finite; last good "
+        what = f"loss of pairs {bad}" if bad else f"gradient of pairs {list(pairs['index'])}"
+        raise FloatingPointError(f"step {step}: the {what} (rows of the data set, from 0) is not finite; newest "
                                  f"checkpoint: {newest_checkpoint(folder) or 'none'}")
 
 

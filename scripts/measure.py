@@ -107,6 +107,7 @@ def main(argv):
     parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps")
     parser.add_argument("--peak", type=float, default=989, help="as in plan.py")
     own, rest = parser.parse_known_args(argv)
+    transformers.logging.disable_progress_bar()
     joined = tgdpo.start_processes()
     try:
         report(own, tgdpo.once(tgdpo.read_options, rest))
@@ -126,10 +127,17 @@ def report(own, options):
     if not options.model_name_or_path:
         raise tgdpo.InputError("no --model_name_or_path; expected a model whose configuration is to be measured")
     tgdpo.check_processes(options)
-    name, folder = options.model_name_or_path, tgdpo.once(tempfile.mkdtemp)
-    tgdpo.once(random_model, name, folder)
-    found = tgdpo.gather(measure(tgdpo.replace(options, model_name_or_path=folder), own.length, own.steps))
-    tgdpo.once(tgdpo.shutil.rmtree, folder)
+    name = options.model_name_or_path
+    longest = tgdpo.once(plan.longest, name)
+    if own.steps < 1 or not 2 <= own.length <= longest:
+        raise tgdpo.InputError(f"--steps {own.steps}, --length {own.length}; expected at least 1, and 2 to {longest}")
+    folder = tgdpo.once(tempfile.mkdtemp)
+    try:
+        tgdpo.once(random_model, name, folder)
+        found = tgdpo.gather(measure(tgdpo.replace(options, model_name_or_path=folder), own.length, own.steps))
+    finally:
+        if not tgdpo.rank():
+            tgdpo.shutil.rmtree(folder)
     if tgdpo.rank():
         return
     shards = int(tgdpo.os.environ.get("LOCAL_WORLD_SIZE", 1)) if options.hsdp else tgdpo.world()

@@ -53,6 +53,13 @@ def empty_model(name, dtype, recompute):
     return tgdpo.prepare_model(model, tgdpo.Options(gradient_checkpointing=recompute))
 
 
+def longest(name):
+    """The positions that a model has."""
+    with tgdpo.reading(f"the configuration of model {name}"):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 10**9
+
+
 def describe(name, model):
     """Counts of a model's weights -> Model."""
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
@@ -117,12 +124,12 @@ def memory(options, about, cost, responses, shards):
     return {"annotate": frozen, "train": train}
 
 
-def stages_of(options):
-    """-> [(stage, its model, whether it is trained)], in the order of the run. A data set that brings its own token
-    rewards needs no reward model."""
+def stages_of(options, own_rewards=False):
+    """-> [(stage, its model, whether it is trained)], in the order of the run. Data that bring their own token rewards
+    need no reward model."""
     model, judge = options.model_name_or_path, options.reward_model
     found = [("annotate: reference", options.ref_model or model, False)] * (options.loss != "simpo")
-    if options.loss == "tgdpo":
+    if options.loss == "tgdpo" and not own_rewards:
         found += [("train: reward model", model, True)] * (not judge)
         found += [("annotate: reward model", judge or model, False)]
     return found + [(f"train: {options.loss}", model, True)]
@@ -134,11 +141,12 @@ def total(parts):
 
 
 def lengths_of(options, plan):
-    """-> (pairs, longest sequence, mean of a pair's longer sequence, mean response, where these are from)."""
+    """-> (pairs, longest sequence, mean of a pair's longer sequence, mean response, whether the data bring their token
+    rewards, where all this is from)."""
     local = Path(options.dataset).exists() and Path(options.model_name_or_path).is_dir()
     if not local:
         longer = min(plan.prompt_tokens + plan.response_tokens, options.max_length)
-        return (plan.pairs, options.max_length, longer, min(plan.response_tokens, longer),
+        return (plan.pairs, options.max_length, longer, min(plan.response_tokens, longer), False,
                 "lengths are assumed: --pairs, --prompt_tokens, --response_tokens")
     rows = tgdpo.load_rows(options.dataset, options.dataset_split)
     tokenizer = tgdpo.load_tokenizer(options.model_name_or_path)
@@ -146,7 +154,8 @@ def lengths_of(options, plan):
     prompts, chosen, rejected = [[*map(len, pairs[k])] for k in ("prompt_ids", "chosen_ids", "rejected_ids")]
     longer = [p + max(c, r) for p, c, r in zip(prompts, chosen, rejected)]
     return (len(pairs), max(longer), math.ceil(sum(longer) / len(pairs)),
-            math.ceil(sum(chosen + rejected) / (2 * len(pairs))), "lengths are the data's")
+            math.ceil(sum(chosen + rejected) / (2 * len(pairs))), "chosen_rewards" in pairs.column_names,
+            "lengths are the data's")
 
 
 def of_a_pair(options, tokens, response):
@@ -158,16 +167,21 @@ def of_a_pair(options, tokens, response):
     return cost.forward + head, cost.both + (3 + chunks) * head
 
 
-def training_bytes(options, longest, shards):
-    """Bytes on each GPU that training takes, with all of a micro-batch at the longest length. (A larger reference or
-    reward model is only annotated with; it fits where training does, unless it is very much larger.)"""
-    sequences = 2 * options.per_device_train_batch_size
-    about, cost = costs(options, sequences, longest)
-    return total(memory(options, about, cost, sequences * longest, shards)["train"])
+def parts_of(options, name, trains, tokens, shards):
+    """Bytes on each GPU of a stage with model `name`, with all of a micro-batch so long -> {part: bytes}."""
+    options, sequences = tgdpo.replace(options, model_name_or_path=name), 2 * options.per_device_train_batch_size
+    stages = memory(options, *costs(options, sequences, tokens), sequences * tokens, shards)
+    return stages["train" if trains else "annotate"]
 
 
-def remedies(options, longest, shards, usable):
-    """The first of several changes that makes training fit, tried one after the other -> a line for the user."""
+def most_bytes(options, own_rewards, tokens, shards):
+    """Bytes on each GPU of the stage that takes most."""
+    return max(total(parts_of(options, name, trains, tokens, shards))
+               for _, name, trains in stages_of(options, own_rewards))
+
+
+def remedies(options, own_rewards, longest, shards, usable):
+    """The first of several changes that makes all stages fit, tried one after the other -> a line for the user."""
     small = dict(gradient_checkpointing=True, per_device_train_batch_size=1)
     both = "--gradient_checkpointing true and --per_device_train_batch_size 1 (with more --gradient_accumulation_steps)"
     tried = [("--gradient_checkpointing true", dict(gradient_checkpointing=True), longest, shards),
@@ -176,11 +190,11 @@ def remedies(options, longest, shards, usable):
              (both, small, longest, shards)]
     tried += [(f"{n} GPUs to shard over, {both}", small, longest, n) for n in (2, 4, 8, 16, 32, 64, 128) if n > shards]
     for text, changes, length, n in tried:
-        needed = training_bytes(tgdpo.replace(options, **changes), length, n)
+        needed = most_bytes(tgdpo.replace(options, **changes), own_rewards, length, n)
         if needed <= usable:
             return f"It would with {text}: {needed / GIB:.0f} GiB."
     for length in (longest // 2, longest // 4, longest // 8):
-        if (needed := training_bytes(tgdpo.replace(options, **small), length, 128)) <= usable:
+        if (needed := most_bytes(tgdpo.replace(options, **small), own_rewards, length, 128)) <= usable:
             return f"It would with 128 GPUs, --max_length {length}, {both}: {needed / GIB:.0f} GiB."
     return "None of the options helps: not 128 GPUs, shorter sequences and gradient checkpointing together."
 
@@ -204,7 +218,7 @@ def read_plan(argv):
     for name, value in vars(plan).items():
         if not 0 < value < math.inf:
             raise tgdpo.InputError(f"--{name} is {value}; expected a number above 0")
-    options = tgdpo.read_options(rest)
+    options = tgdpo.read_options([*rest, "--device=cpu"])   # the file's is that of the machine to come
     if not options.model_name_or_path:
         raise tgdpo.InputError("no --model_name_or_path; expected the model of the run that is planned")
     given = yaml.safe_load(Path(rest[0]).read_text(encoding="utf-8")) if not rest[0].startswith("-") else {}
@@ -228,25 +242,24 @@ def main(argv):
 
 def report(plan, options):
     """All that the plan prints."""
-    pairs, longest, mean, response, source = lengths_of(options, plan)
+    options = tgdpo.replace(options, max_length=min(options.max_length, longest(options.model_name_or_path)))
+    pairs, tokens, mean, response, own_rewards, source = lengths_of(options, plan)
     shards = plan.gpus_per_machine if options.hsdp else plan.gpus
     micro = options.per_device_train_batch_size
-    about, _ = costs(options, 2 * micro, longest)
+    about, _ = costs(options, 2 * micro, tokens)
     batch = tgdpo.batch_size(options) * plan.gpus
     recompute = "on" if options.gradient_checkpointing else "off"
     print(f"{about.name}: {about.weights / 1e9:.2f} billion weights, {about.blocks} blocks of {about.block / 1e6:.0f} "
           f"million, {about.rest / 1e6:.0f} million in embedding, head and last norm")
     print(f"GPUs: {plan.gpus} of {plan.gpu_memory:g} GiB, weights in {shards} shards, {options.dtype}, gradient "
-          f"checkpointing {recompute}, sequences of up to {longest} tokens")
+          f"checkpointing {recompute}, sequences of up to {tokens} tokens")
     passes = options.gradient_accumulation_steps
     print(f"a step: {batch} pairs = {plan.gpus} GPUs x {micro} in a pass x {passes} passes")
     print(f"data: {pairs} pairs, {mean} tokens in a sequence on average ({source})")
     print("\nestimated GiB on each GPU, all sequences at the longest")
     needed, usable = 0, USABLE * plan.gpu_memory * GIB
-    for stage, name, trains in stages_of(options):
-        of_stage = tgdpo.replace(options, model_name_or_path=name)
-        parts = memory(of_stage, *costs(of_stage, 2 * micro, longest), 2 * micro * longest, shards)
-        parts = parts["train" if trains else "annotate"]
+    for stage, name, trains in stages_of(options, own_rewards):
+        parts = parts_of(options, name, trains, tokens, shards)
         if not needed:
             print(" " * 22 + "".join(f"{part:>12}" for part in [*parts, "total"]))
         print(f"{stage:22}" + "".join(f"{value / GIB:12.1f}" for value in [*parts.values(), total(parts)]))
@@ -256,8 +269,10 @@ def report(plan, options):
     else:
         print(f"does not fit: {needed / GIB:.0f} GiB, and {100 * USABLE:.0f} % of {plan.gpu_memory:g} GiB are "
               f"{usable / GIB:.0f}")
-        print(remedies(options, longest, shards, usable))
-    print(f"host memory of rank 0 while it loads or writes a model: {4 * about.weights / GIB:.0f} GiB; a checkpoint: "
+        print(remedies(options, own_rewards, tokens, shards, usable))
+    largest = max(costs(tgdpo.replace(options, model_name_or_path=name), 2 * micro, tokens)[0].weights
+                  for _, name, _ in stages_of(options, own_rewards))
+    print(f"host memory of rank 0 while it loads or writes a model: {4 * largest / GIB:.0f} GiB; a checkpoint: "
           f"{12 * about.weights / GIB:.0f} GiB of disk")
 
     epochs = math.ceil(options.num_train_epochs * math.ceil(pairs / batch))
@@ -265,7 +280,7 @@ def report(plan, options):
     seen = pairs * steps / math.ceil(pairs / batch)   # the last step of an epoch may be smaller
     speed, hours = plan.gpus * plan.peak * 1e12 * plan.fraction, 0
     print(f"\noperations, recomputing included, and time at {100 * plan.fraction:g} % of the peak ({speed:.2e} a second)")
-    for stage, name, trains in stages_of(options):
+    for stage, name, trains in stages_of(options, own_rewards):
         forward, both = of_a_pair(tgdpo.replace(options, model_name_or_path=name), mean, response)
         operations = both * seen if trains else forward * pairs
         hours += operations / speed / 3600

@@ -321,7 +321,7 @@ def test_bad_input_is_said_once_and_ends_all_ranks(two):
     assert "rank 1 has other pairs (their fingerprint) than rank 0" in text
     assert "--hsdp with 2 processes, 2 of them on rank 0's machine; expected several machines" in text
     assert "damaged/checkpoint-3 cannot be used: OSError: " in text and "the one before serves" in text
-    assert text.count("tgdpo.py: stopped at step 2: the loss of pair [") == 1
+    assert text.count("tgdpo.py: stopped at step 2: the loss of pairs [") == 1
     assert text.count("done: ") == list(two.statuses.values()).count(0) > 5, "rank 0 alone prints"
     assert "Traceback" not in text
 

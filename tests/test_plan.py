@@ -208,7 +208,30 @@ def test_lengths_are_the_datas_where_it_is_here(tmp_path, capsys):
     assert f"sequences of up to {max(longer)} tokens" in out
     assert f"8 pairs, {-(-sum(longer) // 8)} tokens in a sequence on average (lengths are the data's)" in out
     out = planned(capsys, "--model_name_or_path", model, "--dataset", "somewhere/else", "--gpus", 2)
-    assert "60000 pairs, 700 tokens in a sequence on average (lengths are assumed" in out
+    assert "60000 pairs, 64 tokens in a sequence on average (lengths are assumed" in out
+
+
+def test_the_remedy_is_for_the_stage_that_needs_it(tmp_path, capsys):
+    """A reference far larger than the policy: what it takes is the verdict, the host's memory and the remedy."""
+    large = small(tmp_path / "r", hidden_size=2048, intermediate_size=8192, num_hidden_layers=8)
+    flags = ["--model_name_or_path", small(tmp_path / "m"), "--dataset", "d", "--ref_model", large, "--gpu_memory", 1]
+    out = planned(capsys, *flags, "--gpus", 1)
+    assert "does not fit: 3 GiB" in out and "host memory of rank 0 while it loads or writes a model: 2 GiB" in out
+    gpus = re.search(r"It would with (\d+) GPUs to shard over", out)[1]
+    assert "\nfits: " in planned(capsys, *flags, "--gpus", gpus)
+
+
+def test_the_plan_follows_the_run(tmp_path, capsys):
+    """Positions limit the length; token rewards in the data need no reward model; another machine's device is fine."""
+    model = make_model(tmp_path / "m")  # 64 positions
+    rows = [
+        p | {f"{s}_rewards": [0.0] * (len(p[s].split()) + 1) for s in ("chosen", "rejected")} for p in eight_pairs()
+    ]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    out = planned(capsys, "--model_name_or_path", model, "--dataset", "elsewhere", "--device", "cuda")
+    assert "sequences of up to 64 tokens" in out and "train: reward model" in out
+    out = planned(capsys, "--model_name_or_path", model, "--dataset", data)
+    assert "reward model" not in out and "annotate: reference" in out
 
 
 @pytest.mark.parametrize(
