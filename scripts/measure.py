@@ -112,8 +112,9 @@ def main(argv):
     try:
         report(own, tgdpo.once(tgdpo.read_options, rest))
         status = 0
-    except tgdpo.InputError as e:   # on the other ranks it is a quiet SystemExit
-        print(f"measure.py: error: {e}", file=sys.stderr)
+    except tgdpo.InputError as e:   # raised on all ranks, or on rank 0: then the others get SystemExit
+        if not tgdpo.rank():
+            print(f"measure.py: error: {e}", file=sys.stderr)
         status = 2
     except SystemExit as e:
         status = e.code
