@@ -1030,7 +1030,8 @@ def annotate(name, pairs, options, title):
     What is kept are raw log-probs, without any beta: no option of the loss can make them stale.
     """
     pairs = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    kind = options.dtype + "-sharded" * (dist.is_initialized() and options.dtype == "bfloat16")   # FSDP rounds elsewhere
+    # FSDP rounds to bfloat16 elsewhere than autocast does, so these are not the same numbers.
+    kind = options.dtype + "-sharded" * (dist.is_initialized() and options.dtype == "bfloat16")
     store = Path(options.cache_dir) / f"{once(model_fingerprint, name)}-{pairs_fingerprint(pairs)}-{kind}"
     saved = once(lambda: datasets.load_from_disk(str(store), keep_in_memory=True) if store.is_dir() else None)
     if saved is not None:

@@ -6,10 +6,11 @@
 
 Options of tgdpo.py override the file's, as they do there; the plan's own are in --help. It is for runs under torchrun,
 with one GPU too (plain python computes under autocast, which keeps more). Of the model the configuration alone is read;
-data and tokenizer are, for the lengths, if they are on this machine. Activations and operations are not guessed by a formula: the model is built without weights (torch's meta
-device), its blocks run forwards and backwards on tensors without content, and torch counts what autograd keeps and
-what would be multiplied. The rest is arithmetic on what section 8 of tgdpo.py does. It is an estimate all the same:
-allocator, NCCL and CUDA's own memory are allowed for by filling a GPU to 90 % only.
+data and tokenizer are, for the lengths, if they are on this machine. Activations and operations are not guessed by a
+formula: the model is built without weights (torch's meta device), its blocks run forwards and backwards on tensors
+without content, and torch counts what autograd keeps and what would be multiplied. The rest is arithmetic on what
+section 8 of tgdpo.py does. It is an estimate all the same: allocator, NCCL and CUDA's own memory are allowed for by
+filling a GPU to 90 % only.
 """
 import argparse
 import math
@@ -159,8 +160,8 @@ def lengths_of(options, plan):
 
 
 def of_a_pair(options, tokens, response):
-    """Operations for a pair of sequences of so many tokens -> (forwards, forwards and backwards). The body's are counted;
-    of the head 2 for each weight and token forwards, 4 backwards, 2 again where log-probs come in several chunks."""
+    """Operations for a pair of sequences of so many tokens -> (forwards, forwards and backwards). The body's are
+    counted; the head takes 2 for each weight and token forwards, 4 backwards, 2 again where log-probs come in chunks."""
     about, cost = costs(options, 2, tokens)
     head = 2 * 2 * response * about.hidden * about.vocabulary
     chunks = 4 * 2 * options.per_device_train_batch_size * response * about.vocabulary > tgdpo.LOGITS_BYTES
@@ -225,7 +226,8 @@ def read_plan(argv):
     if "dtype" not in given and not any(arg.startswith("--dtype") for arg in rest):
         options.dtype = "bfloat16"   # what a GPU takes by default; this machine may have none
     if options.hsdp and (plan.gpus <= plan.gpus_per_machine or plan.gpus % plan.gpus_per_machine):
-        raise tgdpo.InputError(f"--hsdp with {plan.gpus} GPUs on machines of {plan.gpus_per_machine}; expected several full ones")
+        raise tgdpo.InputError(f"--hsdp with {plan.gpus} GPUs on machines of {plan.gpus_per_machine}; expected several "
+                               "full ones")
     return plan, options
 
 
@@ -279,7 +281,8 @@ def report(plan, options):
     steps = options.max_steps if options.max_steps > 0 else epochs
     seen = pairs * steps / math.ceil(pairs / batch)   # the last step of an epoch may be smaller
     speed, hours = plan.gpus * plan.peak * 1e12 * plan.fraction, 0
-    print(f"\noperations, recomputing included, and time at {100 * plan.fraction:g} % of the peak ({speed:.2e} a second)")
+    print(f"\noperations, recomputing included, and time at {100 * plan.fraction:g} % of the peak "
+          f"({speed:.2e} a second)")
     for stage, name, trains in stages_of(options, own_rewards):
         forward, both = of_a_pair(tgdpo.replace(options, model_name_or_path=name), mean, response)
         operations = both * seen if trains else forward * pairs

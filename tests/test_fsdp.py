@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import tgdpo
-from conftest import Bench, eight_pairs, make_model, rows_of, small_config, word_tokenizer, write_rows
+from conftest import Bench, make_model, rows_of, write_rows
 from ranks import table, unfinish
 from test_train import close, curve
 
