@@ -161,7 +161,7 @@ def lengths_of(options, plan):
 
 def of_a_pair(options, tokens, response):
     """Operations for a pair of sequences of so many tokens -> (forwards, forwards and backwards). The body's are
-    counted; the head takes 2 for each weight and token forwards, 4 backwards, 2 again where log-probs come in chunks."""
+    counted; the head takes 2 per weight and token forwards, 4 backwards, 2 again where log-probs come in chunks."""
     about, cost = costs(options, 2, tokens)
     head = 2 * 2 * response * about.hidden * about.vocabulary
     chunks = 4 * 2 * options.per_device_train_batch_size * response * about.vocabulary > tgdpo.LOGITS_BYTES
