@@ -756,11 +756,12 @@ def shard(model, options):
     block are gathered in the compute type while the block runs, gradients are averaged over ranks in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, options.dtype), reduce_dtype=torch.float32)
+    mesh = device_mesh(options.device, options.hsdp)
     for module in [*model.modules()]:
         if type(module).__name__ in (model._no_split_modules or ()):   # the transformer's blocks
-            fully_shard(module, mesh=device_mesh(options.device, options.hsdp), mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     # What is left is one unit: embedding and head, which may be one and the same tensor, and the last norm.
-    fully_shard(model, mesh=device_mesh(options.device, options.hsdp), mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     model.token_logps = partial(token_logps, model, dtype="float32")   # no autocast: the policy does the casting
     register_fsdp_forward_method(model, "token_logps")   # gathers the last unit when this method runs
 
@@ -802,15 +803,14 @@ def read_model(name):
 
 
 def prepare_model(model, options):
-    """Give a model its method token_logps, in train mode (gradient checkpointing asks for it) with every dropout at 0,
-    so that the policy and the reference run the same forward. Dropout sits in modules and in float attributes."""
+    """Put a model into train mode (gradient checkpointing asks for it) with every dropout at 0, so that the policy and
+    the reference run the same forward. Dropout sits in nn.Dropout modules and in float attributes."""
     for module in model.modules():
         dropouts = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in dropouts + ["p"] * isinstance(module, torch.nn.Dropout):
             setattr(module, name, 0.0)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    model.token_logps = partial(token_logps, model, dtype=options.dtype)
     return model.train()
 
 
@@ -822,7 +822,9 @@ def load_model(name, options):
     gc.collect()   # models hold themselves in cycles: the one before goes now
     torch.cuda.empty_cache()
     if not dist.is_initialized():
-        return prepare_model(read_model(name), options).to(options.device)
+        model = prepare_model(read_model(name), options).to(options.device)
+        model.token_logps = partial(token_logps, model, dtype=options.dtype)
+        return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     weights = {}   # filled on rank 0 alone
 
@@ -894,7 +896,8 @@ def save_model(model, tokenizer, folder):
 
 def training_state(model, optimizer, scheduler, step, window):
     """All that the next step depends on. The data position is the step itself (pairs_of_step); window holds what
-    summarize has not yet written: the metrics of the pairs since the last row."""
+    summarize has not yet written: the metrics of the pairs since the last row. rng is one rank's: training itself
+    draws nothing, a loss that somebody writes may."""
     from torch.distributed.checkpoint.state_dict import get_state_dict   # half a second that only checkpoints need
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments, "rng": torch.get_rng_state(),
@@ -1155,7 +1158,8 @@ def train(options, pairs, tokenizer, facts):
     """Train options.model_name_or_path on annotated pairs. Everything goes into options.output_dir: the model, its
     tokenizer, metrics.jsonl, checkpoints and run.json (README, "What a run leaves behind")."""
     folder = Path(options.output_dir)
-    facts = {"model": once(model_fingerprint, options.model_name_or_path), "batch": batch_size(options)} | facts
+    model = once(model_fingerprint, options.model_name_or_path)
+    facts = {"model": model, "pairs_per_step": batch_size(options)} | facts
     if once(open_run, folder, options, facts):
         return print(f"{folder}: finished already")
     check_same("pairs (their fingerprint)", pairs_fingerprint(pairs))

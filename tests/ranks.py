@@ -7,6 +7,7 @@ import sys
 import time
 import weakref
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -37,6 +38,7 @@ def compare_with_plain(path, folder, **changes):
     options = tgdpo.Options(device="cpu", dtype="float32", **changes)
     model = tgdpo.load_model(path, options)
     plain = tgdpo.prepare_model(tgdpo.read_model(path), options)
+    plain.token_logps = partial(tgdpo.token_logps, plain)
     logps, grads = logps_and_gradients(model)
     want, want_grads = logps_and_gradients(plain)
     local = sum(p.to_local().numel() for p in model.parameters())

@@ -100,69 +100,70 @@ class Launched:
     """A Bench whose runs were made by several processes in one launch; what they found, printed and returned."""
 
     def __init__(self, folder, ranks, machines=1):
-        self.bench, self.ranks, self.out = Bench(folder), ranks, folder / "found.json"
-        bench, b = self.bench, str(folder)
-        self.models = {}
-        for i, (name, (family, changes, options)) in enumerate(MODELS.items()):
-            if (name != "hsdp") if machines == 1 else name in SEVERAL_MACHINES:
-                path = make_model(folder / f"m{i}", family, scale=4.0, seed=i, **changes)
-                if "without a head" in name:  # as openai-community/gpt2 is: names without "transformer."
-                    transformers.AutoModel.from_pretrained(path).save_pretrained(path)
-                self.models[name] = (path, f"{b}/saved{i}", options)
-        self.runs = {}
-
-        def add(name, *flags, set={}, extra={}, **options):
-            self.runs[name] = dict(argv=bench.argv(*flags, out=f"{b}/{name}", **options), set=set, **extra)
-
-        hsdp = ["--hsdp"] * (machines > 1)
-        own = dict(cache_dir=f"{b}/cache{ranks}")  # each launch annotates by itself
-        for loss in ("tgdpo", "simpo", "dpo"):
-            judge = bench.reward_model if loss == "tgdpo" else None
-            add(loss, *hsdp, loss=loss, reward_model=judge, **own, **options_of("whole", ranks))
-        add("accumulated", loss="dpo", **own, **options_of("accumulated", ranks))
-        add("stages", *hsdp, save_steps=2, **own, **options_of("whole", ranks))  # trains a reward model first
-        again = dict(loss="dpo", save_steps=3, **own, **options_of("whole", ranks))
-        add("again", *hsdp, **again)
-        resumed = bench.argv("--resume", *hsdp, out=f"{b}/again", **again)
-        self.runs["again, resumed"] = dict(argv=resumed, unfinish=f"{b}/again")
+        self.bench, self.ranks, self.folder = Bench(folder), ranks, folder
+        self.own = dict(cache_dir=f"{folder}/cache{ranks}")  # each launch annotates by itself
+        self.again = dict(loss="dpo", save_steps=3, **self.own, **options_of("whole", ranks))
+        self.models, self.runs = {}, {}
+        self.make_models([name for name in MODELS if name != "hsdp"] if machines == 1 else SEVERAL_MACHINES)
+        self.add_runs(["--hsdp"] * (machines > 1))
+        out = folder / "found.json"
+        job = dict(models=self.models, out=str(out))
         if machines == 1:
-            add("bfloat16", loss="dpo", dtype="bfloat16", max_steps=3, **own)
-            add("to_1", loss="dpo", save_steps=3, **own, **options_of("whole", ranks))
-            bench.train(out=f"{b}/from_1", loss="dpo", save_steps=3, **options_of("whole", 1))
-            unfinish(f"{b}/from_1")
-            add("from_1", "--resume", loss="dpo", **own, **options_of("whole", ranks))
-            small = dict(TINY_STEPS=30, TINY_PAIRS=60, TINY_PROMPTS=20)
-            tiny = dict(model_name_or_path=None, dataset=None, per_device_train_batch_size=16 // ranks, max_length=64)
-            add("tiny", set=small, max_steps=3, eval_size=0.1, beta=0.5, alpha=0.05, **tiny | own)
-            add("no_data", dataset="nothing.json")
-            add("other_command", loss="dpo", max_steps=2, extra={"own seed": True})
-            add("other_columns", loss="dpo", max_steps=2, extra={"spoil": True}, **own)
-            add("no_machines", "--hsdp", loss="dpo")
-            add("damaged", **again)
-            damage = dict(unfinish=f"{b}/damaged", damage=f"{b}/damaged/checkpoint-3/__1_0.distcp")
-            argv = bench.argv("--resume", out=f"{b}/damaged", **again)
-            self.runs["no_checkpoint"] = dict(argv=argv, **damage)
-            add(
-                "not_finite",
-                loss="dpo",
-                max_steps=4,
-                learning_rate=1e30,
-                lr_scheduler_type="constant",
-                warmup_ratio=0,
-                **own,
-            )
-        job = dict(models=self.models, runs=list(self.runs.values()), out=str(self.out))
-        if machines == 1:
+            self.add_runs_of_one_machine()
             sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
             job["large"] = make_model(folder / "large", "llama", **sizes)
-        job = write_rows(folder / "job.json", [job])
+        job = write_rows(folder / "job.json", [job | dict(runs=list(self.runs.values()))])
         rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint=localhost:{free_port()}"]
         several = rendezvous if machines > 1 else ["--standalone"]
         jobs = [torchrun(*several, ROOT / "tests" / "ranks.py", job, ranks=ranks // machines) for _ in range(machines)]
         self.ends = [finish(process) for process in jobs]
-        assert self.out.exists(), self.ends
-        self.found = json.loads(self.out.read_text())
+        assert out.exists(), self.ends
+        self.found = json.loads(out.read_text())
         self.statuses = dict(zip(self.runs, self.found["statuses"]))
+
+    def make_models(self, names):
+        for i, name in enumerate(names):
+            family, changes, options = MODELS[name]
+            path = make_model(self.folder / f"m{i}", family, scale=4.0, seed=i, **changes)
+            if "without a head" in name:  # as openai-community/gpt2 is: names without "transformer."
+                transformers.AutoModel.from_pretrained(path).save_pretrained(path)
+            self.models[name] = (path, f"{self.folder}/saved{i}", options)
+
+    def add(self, name, *flags, out=None, job=(), **options):
+        """A command line for all ranks; job says what ranks.py does before it."""
+        argv = self.bench.argv(*flags, out=self.folder / (out or name), **options)
+        self.runs[name] = dict(argv=[str(a) for a in argv], **dict(job))
+
+    def add_runs(self, hsdp):
+        whole = self.own | options_of("whole", self.ranks)
+        for loss in ("tgdpo", "simpo", "dpo"):
+            judge = self.bench.reward_model if loss == "tgdpo" else None
+            self.add(loss, *hsdp, loss=loss, reward_model=judge, **whole)
+        self.add("accumulated", loss="dpo", **self.own, **options_of("accumulated", self.ranks))
+        self.add("stages", *hsdp, save_steps=2, **whole)  # trains a reward model first
+        self.add("again", *hsdp, **self.again)
+        unfinished = dict(unfinish=f"{self.folder}/again")
+        self.add("again, resumed", "--resume", *hsdp, out="again", job=unfinished, **self.again)
+
+    def add_runs_of_one_machine(self):
+        own, folder = self.own, self.folder
+        self.add("bfloat16", loss="dpo", dtype="bfloat16", max_steps=3, **own)
+        self.add("to_1", **self.again)
+        self.bench.train(out=f"{folder}/from_1", loss="dpo", save_steps=3, **options_of("whole", 1))
+        unfinish(f"{folder}/from_1")
+        self.add("from_1", "--resume", **self.again | dict(save_steps=0))
+        small = dict(TINY_STEPS=30, TINY_PAIRS=60, TINY_PROMPTS=20)
+        tiny = dict(model_name_or_path=None, dataset=None, per_device_train_batch_size=16 // self.ranks, max_length=64)
+        self.add("tiny", job=dict(set=small), max_steps=3, eval_size=0.1, beta=0.5, alpha=0.05, **tiny, **own)
+        self.add("no_data", dataset="nothing.json")
+        self.add("other_command", job={"own seed": True}, loss="dpo", max_steps=2)
+        self.add("other_columns", job={"spoil": True}, loss="dpo", max_steps=2, **own)
+        self.add("no_machines", "--hsdp", loss="dpo")
+        self.add("damaged", **self.again)
+        half = dict(unfinish=f"{folder}/damaged", damage=f"{folder}/damaged/checkpoint-3/__1_0.distcp")
+        self.add("no_checkpoint", "--resume", out="damaged", job=half, **self.again)
+        steep = dict(learning_rate=1e30, lr_scheduler_type="constant", warmup_ratio=0)
+        self.add("not_finite", loss="dpo", max_steps=4, **steep, **own)
 
     def rows(self, name, evaluation=False):
         return curve(rows_of(self.bench.folder / name, evaluation))
@@ -282,7 +283,7 @@ def test_resumed_on_the_same_ranks_is_the_same_to_the_bit(launch, request):
     assert launched.rows("again", evaluation=True) == launched.rows("dpo", evaluation=True)
 
 
-def test_resumed_on_another_number_of_ranks(two):
+def test_resumed_on_another_number_of_ranks(two, capsys):
     """A run of 2 ranks continued by 1, and a run of 1 by 2, against one that was never interrupted."""
     alone = two.single("to_1", save_steps=0)
     assert two.statuses["from_1"] == 0
@@ -291,10 +292,9 @@ def test_resumed_on_another_number_of_ranks(two):
     unfinish(two.bench.folder / "to_1")
     two.bench.train("--resume", out=two.bench.folder / "to_1", loss="dpo", **options_of("whole", 1))
     same_run(two, "to_1", alone)
-    two.bench.train(
-        "--resume", out=two.bench.folder / "to_1", loss="dpo", status=2,
-        **options_of("whole", 1) | dict(per_device_train_batch_size=2),
-    )  # fmt: skip
+    half = options_of("whole", 1) | dict(per_device_train_batch_size=2)
+    two.bench.train("--resume", out=two.bench.folder / "to_1", loss="dpo", status=2, **half)
+    assert "--resume: pairs_per_step was 4 in" in capsys.readouterr().err
 
 
 def test_the_tiny_mode_on_two_ranks(two, monkeypatch):
