@@ -31,6 +31,7 @@ Theorems and assumptions are cited by the paper's numbers; official code: github
 Shapes stand beside tensors: B pairs; N sequences (the chosen ones first, then the rejected ones, N = 2B); T tokens of a
 padded sequence; R tokens of a padded response; M response tokens in all; H hidden size; V vocabulary.
 """
+import ctypes
 import difflib
 import gc
 import gzip
@@ -122,7 +123,7 @@ class Options:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
     num_train_epochs: float = option(1.0, "passes over the pairs")
     max_steps: int = option(-1, "optimizer steps, instead of epochs; -1: epochs")
-    per_device_train_batch_size: int = option(1, "pairs in one forward pass of a process")
+    per_device_train_batch_size: int = option(1, "most pairs in a forward pass of a process")
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step")
     eval_size: float = option(0, "pairs held out for evaluation; below 1: a share of all pairs")
     eval_steps: int | None = option(None, "evaluate each so many steps; none: at the end only")
@@ -130,6 +131,7 @@ class Options:
     save_steps: int = option(0, "save a checkpoint each so many steps; 0: none")
     resume: bool = option(False, "continue the run in output_dir from its newest complete checkpoint")
     dtype: Literal["bfloat16", "float32"] | None = option(None, "compute type; none: bfloat16 on CUDA, else float32")
+    shared_prompt: bool = option(True, "compute a pair's prompt once for both responses, where the model can")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
     hsdp: bool = option(False, "torchrun on several machines: shard inside each of them, replicate across them")
@@ -145,8 +147,8 @@ NEW_TOKENS = 32   # the longest response that the tiny mode draws
 # Numbers that may be 0; all others must be above it (but gamma and max_steps, which have rules of their own).
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and how it computes and what is reported, not what is learned.
-MAY_CHANGE = ("resume output_dir cache_dir device hsdp gradient_checkpointing save_steps eval_steps logging_steps "
-              "per_device_train_batch_size gradient_accumulation_steps").split()   # of the last two the product stays
+MAY_CHANGE = ("resume output_dir cache_dir device hsdp shared_prompt gradient_checkpointing save_steps eval_steps "
+              "logging_steps per_device_train_batch_size gradient_accumulation_steps").split()   # of the last two the product stays
 
 
 def read_options(argv):
@@ -288,31 +290,52 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected
 
 
 # ------------------------------------------------------------------------------------------------ 5. token log-probs
-LOGITS_BYTES = 2**28   # float32 logits that exist at one time: 256 MiB
+LOGITS_BYTES = 2**28   # logits that exist at one time, 4 bytes each: 256 MiB
+BLOCK_BYTES = 2**24    # the softmax over them goes in blocks that stay in a CPU's cache
 
 
-def collate(rows, device):
-    """Columns of B pairs, as lists -> padded tensors: ids and masks of sequences (N, T), per-token columns (N, R).
+def collate(rows, device, shared=False):
+    """Columns of B pairs, as lists -> a batch of padded tensors.
 
-    Padding is on the right, where a causal model never looks, so no attention mask is needed; what the padding holds
-    does not matter, since response_mask picks the tokens that count, everywhere. Rows without a rejected side will do.
+    input_ids are prompt + response, (N, T). Shared, they are prompt + chosen + rejected, (B, T), and the prompt is
+    computed once: positions (B, T) of both responses go on from the prompt's; segments (B, T), 0 for the prompt, 1 and
+    2 for the responses, say who sees whom. Response n lies in row n modulo their number; from column 0 on, labels
+    (N, R) are its tokens, mask (N, R) says which count, states (N, R) are the columns of input_ids that predict them.
+    ref_logps and rewards (N, R) come along if the rows have them. Rows without a rejected side will do.
+
+    Padding is on the right, where a causal model never looks; what it holds does not matter.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_ids" in rows]
 
     def stack(name):
         return [values for side in sides for values in rows[f"{side}_{name}"]]
-    parts = list(zip(rows["prompt_ids"] * len(sides), stack("ids")))
-    columns = {"input_ids": [prompt + ids for prompt, ids in parts],
-               "response_mask": [[False] * len(prompt) + [True] * len(ids) for prompt, ids in parts]}
+    responses = stack("ids")
+    lines = [[*prompt] for prompt in rows["prompt_ids"] * (1 if shared else len(sides))]
+    prompts = [len(line) for line in lines]
+    positions, segments, states = [[*range(n)] for n in prompts], [[0] * n for n in prompts], []
+    for n, ids in enumerate(responses):
+        row = n % len(lines)
+        # The one shift: a column's state predicts the token after it, the prompt's last one both first tokens.
+        states.append([prompts[row] - 1, *range(len(lines[row]), len(lines[row]) + len(ids) - 1)])
+        lines[row] += ids
+        positions[row] += range(prompts[row], prompts[row] + len(ids))
+        segments[row] += [1 + n // len(lines)] * len(ids)
+    columns = {"input_ids": lines, "labels": responses, "states": states}
+    columns |= {"mask": [[True] * len(ids) for ids in responses]}
+    columns |= {"positions": positions, "segments": segments} if shared else {}
     columns |= {name: stack(name) for name in ("ref_logps", "rewards") if f"chosen_{name}" in rows}
     return {name: pad_sequence([torch.tensor(row) for row in column], batch_first=True).to(device)
             for name, column in columns.items()}
 
 
-def response_places(response_mask):
-    """Mask of the responses inside sequences (N, T) -> mask of the same responses moved to column 0, (N, R)."""
-    lengths = response_mask.sum(-1)
-    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+def attention_mask(segments, additive):
+    """What each token of shared rows sees: before it, the prompt and its own response; segments (B, T) -> (B, 1, T, T).
+
+    True is seen; additive, for attention without a fused kernel: 0 is seen, the least float32 is not.
+    """
+    own = segments[:, :, None] == segments[:, None, :]                                  # (B, T, T)
+    seen = (own | (segments == 0)[:, None, :]).tril()[:, None]                          # (B, 1, T, T)
+    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo().min) if additive else seen
 
 
 def head_logits(model, hidden, output_class):
@@ -328,30 +351,53 @@ def head_logits(model, hidden, output_class):
         del body.forward   # uncovers the class's forward again
 
 
-def token_logps(model, input_ids, response_mask, dtype="float32"):
-    """log π(y_t | s_t) of each response token: sequences (N, T) -> float32 (N, R), every response from column 0 on.
+class LabelLogps(torch.autograd.Function):
+    """Logits (M, V) and labels (M,) -> float32 log-probs of the labels, (M,). The backward pass writes the gradient
+    over the logits, so that there is one (M, V) tensor where autograd would hold several; it runs once only."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        size = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+        # (1a)  log π(a|s) = z_a - log Σ_v exp z_v, in float32
+        log_sums = torch.cat([block.float().logsumexp(-1) for block in logits.split(size)])             # (M,)
+        ctx.save_for_backward(logits, labels, log_sums)
+        return logits.gather(-1, labels[:, None])[:, 0].float() - log_sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, labels, log_sums = ctx.saved_tensors
+        size = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+        for block, log_sum, g in zip(logits.split(size), log_sums[:, None].split(size), grad[:, None].split(size)):
+            block.copy_((block.float() - log_sum).exp_().mul_(-g))                      # -g π(v|s)
+        return logits.scatter_add_(-1, labels[:, None], grad[:, None].to(logits.dtype)), None
+
+
+def token_logps(model, batch, dtype="float32"):
+    """log π(y_t | s_t) of each response token of a batch of `collate` -> float32 (N, R).
 
     The head runs on response positions only, in chunks of LOGITS_BYTES; where there are several, the backward pass
     computes them again, so memory does not grow with tokens times vocabulary. Log-softmax is in float32.
     """
     def logps_of(hidden, labels):
-        # (1a)  log π(a|s) = z_a - log Σ_v exp z_v, in float32
-        return -F.cross_entropy(head_logits(model, hidden, type(output)).float(), labels, reduction="none")
+        return LabelLogps.apply(head_logits(model, hidden, type(output)), labels)
 
-    with torch.autocast(input_ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        output = model.get_decoder()(input_ids=input_ids, use_cache=False)
-        # The one shift: the state at position t predicts the token at t + 1.
-        predicted = response_mask[:, 1:]                                                # (N, T-1)
-        hidden = output.last_hidden_state[:, :-1][predicted]                            # (M, H)
-        labels = input_ids[:, 1:][predicted]                                            # (M,)
+    ids, mask, extra = batch["input_ids"], batch["mask"], {}
+    if "segments" in batch:
+        additive = model.config._attn_implementation != "sdpa"
+        extra = {"position_ids": batch["positions"], "attention_mask": attention_mask(batch["segments"], additive)}
+    with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        output = model.get_decoder()(input_ids=ids, use_cache=False, **extra)
+        rows = torch.arange(len(mask), device=ids.device)[:, None].expand_as(mask) % len(ids)           # (N, R)
+        hidden = output.last_hidden_state[rows[mask], batch["states"][mask]]            # (M, H)
+        labels = batch["labels"][mask]                                                  # (M,)
         size = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
         if len(labels) <= size:
             flat = logps_of(hidden, labels)                                             # (M,)
         else:
             flat = torch.cat([checkpoint(logps_of, h, y, use_reentrant=False)
                               for h, y in zip(hidden.split(size), labels.split(size))])
-    places = response_places(response_mask)
-    return torch.zeros(places.shape, device=flat.device).masked_scatter(places, flat)
+    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
 
 # -------------------------------------------------------------------------------------------- 6. data: rows -> tokens
@@ -976,6 +1022,9 @@ def open_run(folder, options, facts):
 
 
 # -------------------------------------------------------------------------------------- 9. annotate, train, evaluate
+CPU_TOKENS = 1024   # of a forward pass on the CPU: with more it takes memory and is not faster (README)
+
+
 @lru_cache
 def file_digest(path, size, mtime_ns):
     """Of a file's content; the last two arguments only let the cache notice a change."""
@@ -1005,19 +1054,77 @@ def pairs_fingerprint(pairs):
     return sha.hexdigest()[:32]
 
 
+def pair_lengths(pairs):
+    """Tokens of each pair's prompt and responses."""
+    names = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in pairs.column_names]
+    return [sum(map(len, parts)) for parts in zip(*[pairs[name] for name in names])]
+
+
+def passes(pairs, options):
+    """The rows of pairs, longest first, in groups that go through the model together, on all ranks: at most
+    per_device_train_batch_size pairs each, on the CPU at most CPU_TOKENS. What a step learns does not depend on it."""
+    lengths = pair_lengths(pairs)
+    order, groups = sorted(range(len(pairs)), key=lambda i: -lengths[i]), []
+    while order:
+        fit = max(1, CPU_TOKENS // lengths[order[0]]) if options.device == "cpu" else len(order)
+        size = min(fit, options.per_device_train_batch_size) * world()
+        groups.append(order[:size])
+        order = order[size:]
+    return groups
+
+
+@torch.no_grad()
+def share_prompts(model, pairs, options):
+    """Whether a pair can be one row, prompt + chosen + rejected (`collate`) -> bool, on all ranks the same.
+
+    Its longest and its shortest pair are tried. Their log-probs must be those of the plain layout; the yardstick is what
+    differs if the rejected response sees the chosen one, since rounding depends on model and type (measured: of that
+    1e-5 in float32 and 0.01 in bfloat16 where masks are honoured, 0.2 and more where not). On CUDA, where a mask rules
+    flash attention out, it must not take longer either.
+    """
+    if not options.shared_prompt or "rejected_ids" not in pairs.column_names:
+        return False
+    lengths = pair_lengths(pairs)
+    rows = pairs[[lengths.index(max(lengths)), lengths.index(min(lengths))]]
+    plain, shared = [collate(rows, model.device, layout) for layout in (False, True)]
+    sharded, mask = dist.is_initialized(), plain["mask"]
+    logps = model.token_logps if sharded else partial(token_logps, model)   # the latter in float32
+    window, longest = getattr(model.config.get_text_config(), "sliding_window", None), plain["input_ids"].shape[1]
+    why = f"its sliding window is {window} tokens, a sequence {longest}" if window and window < longest else ""
+    try:
+        blind = shared | {"segments": torch.zeros_like(shared["segments"])}
+        want, *found = [logps(batch)[mask] for batch in (plain, shared, blind)]                         # (M,) each
+        apart, much = [(values - want).abs().mean().item() for values in found]
+        if not apart <= (0.1 if sharded and options.dtype == "bfloat16" else 1e-3) * much + 1e-6:
+            why = why or f"it does not honour the mask, log-probs would differ by {apart:.1g}"
+    except Exception as e:   # a family with masks of its own may raise anything
+        why = f"with a mask it raises {type(e).__name__}: {' '.join(str(e).split())[:100]}"
+    if not why and options.device == "cuda":
+        seconds = []
+        for batch in (plain, shared) * 3:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            model.token_logps(batch)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        why = "that is faster here" * (min(seconds[::2]) < min(seconds[1::2]))
+    why = gather(why)[0]
+    if why:
+        print(f"{model.config.name_or_path} gets each prompt twice, once for each response: {why}")
+    return not why
+
+
 @torch.no_grad()
 def token_columns(name, pairs, options, title):
     """Token log-probs of a frozen model by training's own forward: for each side, one array of floats a pair."""
-    model, size = load_model(name, options), options.per_device_train_batch_size * world()
+    model = load_model(name, options)
+    shared = share_prompts(model, pairs, options)
     sides = [side for side in ("chosen_ids", "rejected_ids") if side in pairs.column_names]
-    lengths = [len(prompt) + max(map(len, ids)) for prompt, *ids in zip(*[pairs[k] for k in ["prompt_ids"] + sides])]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)   # similar lengths share a batch
     share = {}   # pairs of this rank -> the log-probs of their sides
-    for start in tqdm(range(0, len(order), size), desc=title, disable=rank() > 0 or None):
-        mine = order[start:start + size][rank()::world()]
-        rows = pairs[mine or order[-1:]]   # all ranks run equally often, if need be for nothing
-        batch = collate(rows, model.device)
-        logps = model.token_logps(batch["input_ids"], batch["response_mask"]).cpu().double().numpy()    # (N, R)
+    for group in tqdm(passes(pairs, options), desc=title, disable=rank() > 0 or None):
+        mine = group[rank()::world()]
+        rows = pairs[mine or group[:1]]   # all ranks run equally often, if need be for nothing
+        logps = model.token_logps(collate(rows, model.device, shared)).cpu().double().numpy()           # (N, R)
         for k, i in enumerate(mine):
             share[i] = [logps[k + j * len(mine), :len(rows[side][k])] for j, side in enumerate(sides)]
     found = {i: values for part in gather(share) for i, values in part.items()}
@@ -1033,8 +1140,9 @@ def annotate(name, pairs, options, title):
     What is kept are raw log-probs, without any beta: no option of the loss can make them stale.
     """
     pairs = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    # FSDP rounds to bfloat16 elsewhere than autocast does, so these are not the same numbers.
-    kind = options.dtype + "-sharded" * (dist.is_initialized() and options.dtype == "bfloat16")
+    kind = options.dtype
+    if kind == "bfloat16":   # FSDP rounds elsewhere than autocast does, and so do the layouts: not the same numbers
+        kind += "-sharded" * dist.is_initialized() + "-plain" * (not options.shared_prompt)
     store = Path(options.cache_dir) / f"{once(model_fingerprint, name)}-{pairs_fingerprint(pairs)}-{kind}"
     saved = once(lambda: datasets.load_from_disk(str(store), keep_in_memory=True) if store.is_dir() else None)
     if saved is not None:
@@ -1065,11 +1173,10 @@ def add_columns(pairs, name, columns):
 
 def forward(model, batch, options):
     """A batch through the policy and the loss -> (losses (B,), {metric: (B,), detached})."""
-    logps = model.token_logps(batch["input_ids"], batch["response_mask"])                               # (N, R)
-    places = response_places(batch["response_mask"])                                                    # (N, R)
+    logps, mask = model.token_logps(batch), batch["mask"]                                               # (N, R) each
     chosen_logps, rejected_logps = logps.chunk(2)                                                       # (B, R) each
     if options.loss == "simpo":
-        losses, chosen, rejected = simpo_loss(chosen_logps, rejected_logps, *places.chunk(2),
+        losses, chosen, rejected = simpo_loss(chosen_logps, rejected_logps, *mask.chunk(2),
                                               options.beta, options.gamma)
     else:   # r̂ = 0, and so f = 1, is DPO
         rewards = batch["rewards"] if options.loss == "tgdpo" else torch.zeros_like(logps)              # r̂, (N, R)
@@ -1083,7 +1190,7 @@ def forward(model, batch, options):
     if options.loss == "tgdpo":   # f of both responses of a pair, side by side
         sides = torch.tensor([1.0, -1.0], device=logps.device).repeat_interleave(len(losses))[:, None]  # (N, 1)
         f = torch.cat(guidance(rewards, options.alpha, sides, floor).chunk(2), dim=-1)                  # (B, 2R)
-        inside = torch.cat(places.chunk(2), dim=-1)                                                     # (B, 2R)
+        inside = torch.cat(mask.chunk(2), dim=-1)                                                       # (B, 2R)
         metrics |= {"guidance/sum": (f * inside).sum(-1), "guidance/tokens": inside.sum(-1),
                     "guidance/min": f.where(inside, math.inf).amin(-1),
                     "guidance/max": f.where(inside, -math.inf).amax(-1),
@@ -1092,26 +1199,27 @@ def forward(model, batch, options):
 
 
 def pass_over(model, pairs, options, learn):
-    """Pairs through the loss, in micro-batches, each rank its share -> {metric: one value a pair}, on all ranks; with
-    learn, their gradient accumulates.
+    """Pairs through the loss, in `passes`, each rank its share -> {metric: one value a pair}, on all ranks; with learn,
+    their gradient accumulates.
 
-    A micro-batch's losses are divided by the number of all pairs here, so any split gives one large batch's gradient.
+    A pass's losses are divided by the number of all pairs here, so any split gives one large batch's gradient.
     """
-    table, size = {}, options.per_device_train_batch_size
-    mine = pairs.select(range(rank(), len(pairs), world()))
-    for start in range(0, math.ceil(len(pairs) / world()), size):
-        spare = start >= len(mine)   # all ranks must run equally often: one without pairs runs one again, for nothing
-        rows = pairs[:1] if spare else mine[start:start + size]
+    table, done = {}, []   # what this rank finds, and for which pairs
+    for group in passes(pairs, options):
+        mine = group[rank()::world()]
+        rows = pairs[mine or group[:1]]   # all ranks must run equally often, if need be for nothing
         with torch.set_grad_enabled(learn):
-            losses, metrics = forward(model, collate(rows, model.device), options)
+            losses, metrics = forward(model, collate(rows, model.device, options.shared_prompt), options)
         if learn:   # times world, since FSDP averages over ranks; times 0 where the pair is not this rank's
-            (losses.sum() * (0 if spare else world() / len(pairs))).backward()
+            (losses.sum() * (world() / len(pairs) if mine else 0)).backward()
+        done += mine
         for name, values in metrics.items():
-            table.setdefault(name, []).append(values[:0] if spare else values)
+            table.setdefault(name, []).append(values[:len(mine)])
     whole = {name: [None] * len(pairs) for name in table}
-    for k, part in enumerate(gather({name: torch.cat(values).tolist() for name, values in table.items()})):
+    for places, part in gather((done, {name: torch.cat(values).tolist() for name, values in table.items()})):
         for name, values in part.items():
-            whole[name][k::world()] = values
+            for i, value in zip(places, values):
+                whole[name][i] = value
     return whole
 
 
@@ -1168,6 +1276,7 @@ def train(options, pairs, tokenizer, facts):
     model = load_model(options.model_name_or_path, options)
     optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)
     step, window = load_checkpoint(folder, model, optimizer, scheduler) if options.resume else (0, {})
+    options = replace(options, shared_prompt=share_prompts(model, pairs, options))
     seconds, tokens, scores = 0.0, 0, {}
     bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}", disable=rank() > 0 or None)
     with bar, open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
@@ -1389,6 +1498,17 @@ def paint(text, value):
     return f"\033[38;5;16;48;5;{ground}m{text}\033[0m"
 
 
+def keep_freed_memory():
+    """Let glibc keep what is freed. It would give large tensors back to the kernel at once, which then clears pages for
+    the next ones: a tenth of a CPU run's time (README). Other systems stay as they are."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0)             # M_MMAP_MAX: no tensor gets pages of its own
+    mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def command(argv):
     """One command line, on each rank -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off;
     130 for Ctrl-C. Rank 0 says why."""
@@ -1398,6 +1518,8 @@ def command(argv):
         options = once(read_options, argv)
         folder = Path(options.output_dir)
         check_processes(options)
+        if options.device == "cpu":
+            keep_freed_memory()
         once(open_folder, folder, options)
         if options.model_name_or_path is None:
             run_tiny(options)

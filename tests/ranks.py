@@ -20,13 +20,18 @@ from torch.distributed.tensor import DTensor
 import tgdpo
 from conftest import eight_pairs
 
-IDS = torch.tensor([[7, 9, 11, 13, 8, 3, 0, 0], [7, 9, 14, 3, 0, 0, 0, 0], [8, 15, 16, 17, 18, 19, 20, 3]])
-RESPONSE = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]]).bool()
+PROMPTS, RESPONSES = [[7, 9], [7, 9], [8]], [[11, 13, 8, 3], [14, 3], [15, 16, 17, 18, 19, 20, 3]]
+
+
+def sequences(shift=0):
+    """Fixed sequences as a batch; another shift makes other tokens."""
+    other = lambda rows: [[(i + shift) % 21 for i in row] for row in rows]
+    return tgdpo.collate({"prompt_ids": other(PROMPTS), "chosen_ids": other(RESPONSES)}, "cpu")
 
 
 def logps_and_gradients(model):
-    """Token log-probs of fixed sequences, and the gradient of a weighted sum of them, by weight."""
-    logps = model.token_logps(IDS, RESPONSE)
+    """Token log-probs of the sequences, and the gradient of a weighted sum of them, by weight."""
+    logps = model.token_logps(sequences())
     (logps * torch.linspace(-1, 2, logps.numel()).reshape(logps.shape)).sum().backward()
     whole = lambda g: g.full_tensor() if isinstance(g, DTensor) else g
     grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -71,11 +76,10 @@ def table(path):
 def bfloat16(path):
     """A gradient that ranks make of different sequences, computed in bfloat16 -> the share of its numbers that bfloat16
     cannot hold, which are there only if float32 numbers were averaged; and how far the log-probs are from float32's."""
-    ids = IDS.roll(tgdpo.rank(), 1)
     found = {}
     for dtype in ("float32", "bfloat16"):
         model = tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype=dtype))
-        found[dtype] = model.token_logps(ids, RESPONSE)
+        found[dtype] = model.token_logps(sequences(tgdpo.rank()))
         found[dtype].sum().backward()
     grad = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
     away = (found["bfloat16"] - found["float32"]).abs().max().item()

@@ -501,7 +501,7 @@ def tags_in_code():
     for file in [ROOT / "tgdpo.py", *(ROOT / "scripts").glob("*.py")]:
         lines, function = file.read_text().splitlines(), None
         for line, below in zip(lines, lines[1:] + [""]):
-            if match := re.match(r"def (\w+)", line):
+            if match := re.match(r"(?:def|class) (\w+)", line):
                 function = match[1]
             if match := re.match(r"\s*# " + TAG.pattern + "  ", line):
                 assert below.strip() and not below.strip().startswith("#"), f"{file.name}: no code below {match[0]}"

@@ -60,7 +60,7 @@ def test_equal_to_the_models_own_logits(family, chunks, monkeypatch):
     if chunks > 1:  # 12 response tokens in chunks of 5
         monkeypatch.setattr(tgdpo, "LOGITS_BYTES", 4 * model.config.vocab_size * 5)
     batch = tgdpo.collate(ROWS, "cpu")
-    got = tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"])
+    got = tgdpo.token_logps(model, batch)
     want = brute(model, ROWS)
     assert got.shape == (4, 6) and got.dtype == torch.float32
     weights = torch.linspace(-1, 1, 6)
@@ -85,7 +85,7 @@ def test_the_head_sees_response_positions_only_and_in_chunks(monkeypatch):
     )
     monkeypatch.setattr(tgdpo, "LOGITS_BYTES", 4 * model.config.vocab_size * 5)
     batch = tgdpo.collate(ROWS, "cpu")
-    logps = tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"])
+    logps = tgdpo.token_logps(model, batch)
     assert seen == [5, 5, 2]  # 3 + 6 + 1 + 2 response tokens
     logps.sum().backward()
     assert len(seen) == 6, "each chunk is computed again in the backward pass"
@@ -101,7 +101,7 @@ def test_gemma_2s_soft_capping_is_honoured_when_it_is_loaded(cap, tmp_path):
 
     def logps(model):
         with torch.no_grad():
-            return model.token_logps(batch["input_ids"], batch["response_mask"])
+            return model.token_logps(batch)
 
     got = logps(tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32")))
     without = tgdpo.load_model(path, tgdpo.Options(device="cpu", dtype="float32"))
@@ -133,15 +133,12 @@ def test_gemma_2s_soft_capping_is_honoured_when_it_is_loaded(cap, tmp_path):
 def test_padding_and_batching_do_not_matter(family):
     model = build(family)
     batch = tgdpo.collate(ROWS, "cpu")
-    together = tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"])
-    wider = [
-        torch.nn.functional.pad(batch[name], (0, 9), value=value)
-        for name, value in (("input_ids", 5), ("response_mask", False))
-    ]
-    torch.testing.assert_close(tgdpo.token_logps(model, *wider), together, atol=1e-5, rtol=0)
+    together = tgdpo.token_logps(model, batch)
+    wider = batch | {"input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 9), value=5)}
+    torch.testing.assert_close(tgdpo.token_logps(model, wider), together, atol=1e-5, rtol=0)
     for i in range(2):
         alone = tgdpo.collate({name: column[i : i + 1] for name, column in ROWS.items()}, "cpu")
-        logps = tgdpo.token_logps(model, alone["input_ids"], alone["response_mask"])
+        logps = tgdpo.token_logps(model, alone)
         torch.testing.assert_close(logps, together[[i, i + 2], : logps.shape[1]], atol=1e-5, rtol=0)
 
 
@@ -158,20 +155,16 @@ def test_dropout_is_off_and_training_equals_evaluation(family, dropout):
     model = build(family, **dropout)
     assert model.training
     batch = tgdpo.collate(ROWS, "cpu")
-    first, second = [tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"]) for _ in range(2)]
+    first, second = [tgdpo.token_logps(model, batch) for _ in range(2)]
     assert torch.equal(first, second)
     model.eval()
-    torch.testing.assert_close(
-        tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"]), first, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(tgdpo.token_logps(model, batch), first, atol=1e-6, rtol=0)
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
     model = build("llama")
     batch = tgdpo.collate(ROWS, "cpu")
-    exact, rounded = [
-        tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"], dtype) for dtype in ("float32", "bfloat16")
-    ]
+    exact, rounded = [tgdpo.token_logps(model, batch, dtype) for dtype in ("float32", "bfloat16")]
     assert rounded.dtype == torch.float32
     difference = (exact - rounded).abs().max().item()
     assert 1e-4 < difference < 0.2  # bfloat16 has 8 bits: it must differ, and not by much
@@ -192,7 +185,7 @@ def test_gradient_checkpointing_gives_the_same_gradient():
         calls = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         batch = tgdpo.collate(ROWS, "cpu")
-        tgdpo.token_logps(model, batch["input_ids"], batch["response_mask"]).sum().backward()
+        tgdpo.token_logps(model, batch).sum().backward()
         assert len(calls) == 1 + on, "checkpointing runs a layer again in the backward pass"
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
