@@ -31,7 +31,6 @@ Theorems and assumptions are cited by the paper's numbers; official code: github
 Shapes stand beside tensors: B pairs; N sequences (the chosen ones first, then the rejected ones, N = 2B); T tokens of a
 padded sequence; R tokens of a padded response; M response tokens in all; H hidden size; V vocabulary.
 """
-import ctypes
 import difflib
 import gc
 import gzip
@@ -290,8 +289,8 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected
 
 
 # ------------------------------------------------------------------------------------------------ 5. token log-probs
-LOGITS_BYTES = 2**28   # logits that exist at one time, 4 bytes each: 256 MiB
-BLOCK_BYTES = 2**24    # the softmax over them goes in blocks that stay in a CPU's cache
+LOGITS_BYTES = 2**27   # logits that exist at one time, counted with 4 bytes each: 128 MiB
+BLOCK_BYTES = 2**24    # the softmax over them goes in blocks, so that what it needs besides stays small
 
 
 def collate(rows, device, shared=False):
@@ -638,8 +637,9 @@ def tiny_rewards(noun, words):
     return rewards
 
 
-def tiny_tokenizer(texts, max_length):
-    """For the tiny language a tokenizer of words; for texts a byte-level BPE, trained on them, with a chat template."""
+def tiny_tokenizer(texts, max_length, size=4096):
+    """For the tiny language a tokenizer of words; for texts a byte-level BPE of `size` tokens, trained on them, with a
+    chat template."""
     special = ["<unk>", "<pad>", "<eos>"] + ["<|system|>", "<|user|>", "<|assistant|>"] * (texts is not None)
     if texts is None:
         words = special + "describe : the it not very and .".split() + NOUNS + VERBS + GOOD + BAD
@@ -649,7 +649,7 @@ def tiny_tokenizer(texts, max_length):
         core = Tokenizer(models.BPE())
         core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         core.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=4096, special_tokens=special, show_progress=False,
+            vocab_size=size, special_tokens=special, show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -1077,15 +1077,15 @@ def passes(pairs, options):
 def share_prompts(model, pairs, options):
     """Whether a pair can be one row, prompt + chosen + rejected (`collate`) -> bool, on all ranks the same.
 
-    Its longest and its shortest pair are tried. Their log-probs must be those of the plain layout; the yardstick is what
-    differs if the rejected response sees the chosen one, since rounding depends on model and type (measured: of that
-    1e-5 in float32 and 0.01 in bfloat16 where masks are honoured, 0.2 and more where not). On CUDA, where a mask rules
-    flash attention out, it must not take longer either.
+    The longest pair is tried. Its log-probs must be those of the plain layout; the yardstick is what differs if the
+    rejected response sees the chosen one, since rounding depends on model and type (measured: of that 1e-4 in float32
+    and 0.01 in bfloat16 where masks are honoured, 0.2 and more where not). On CUDA, where a mask rules flash attention
+    out, it must not take longer either.
     """
     if not options.shared_prompt or "rejected_ids" not in pairs.column_names:
         return False
     lengths = pair_lengths(pairs)
-    rows = pairs[[lengths.index(max(lengths)), lengths.index(min(lengths))]]
+    rows = pairs[[lengths.index(max(lengths))]]
     plain, shared = [collate(rows, model.device, layout) for layout in (False, True)]
     sharded, mask = dist.is_initialized(), plain["mask"]
     logps = model.token_logps if sharded else partial(token_logps, model)   # the latter in float32
@@ -1498,17 +1498,6 @@ def paint(text, value):
     return f"\033[38;5;16;48;5;{ground}m{text}\033[0m"
 
 
-def keep_freed_memory():
-    """Let glibc keep what is freed. It would give large tensors back to the kernel at once, which then clears pages for
-    the next ones: a tenth of a CPU run's time (README). Other systems stay as they are."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-4, 0)             # M_MMAP_MAX: no tensor gets pages of its own
-    mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap does not shrink
-
-
 def command(argv):
     """One command line, on each rank -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off;
     130 for Ctrl-C. Rank 0 says why."""
@@ -1518,8 +1507,6 @@ def command(argv):
         options = once(read_options, argv)
         folder = Path(options.output_dir)
         check_processes(options)
-        if options.device == "cpu":
-            keep_freed_memory()
         once(open_folder, folder, options)
         if options.model_name_or_path is None:
             run_tiny(options)
@@ -1542,6 +1529,7 @@ def command(argv):
 
 def main(argv):
     """The command line -> exit status, as `command` has it. Under torchrun all ranks join for it."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # Linux: large pages for large tensors on the CPU (README)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

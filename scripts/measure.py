@@ -2,12 +2,12 @@
 """What a run takes, measured: the peak of memory beside plan.py's estimate, tokens a second, use of the peak.
 
     torchrun --nproc_per_node 1 scripts/measure.py run.yaml --gradient_checkpointing true
-    torchrun --nproc_per_node 2 scripts/measure.py run.yaml --device cpu --length 512
+    torchrun --nproc_per_node 2 scripts/measure.py run.yaml --device cpu --length 512 --shared_prompt false
 
 Weights are random, so the model's directory needs no more than config.json; sequences are random tokens, all of
 --length (half of it prompt). One pass of an annotation and a few optimizer steps run through tgdpo.py's own functions.
-On CUDA the memory is what torch has allocated at most; on the CPU it is what the process holds at most (Linux), less
-what it held before.
+The estimate is for the plain layout (--shared_prompt false). On CUDA the memory is what torch has allocated at most; on
+the CPU it is what the process holds at most (Linux), less what it held before.
 """
 import argparse
 import gc
@@ -70,7 +70,8 @@ def random_pairs(n, length, vocabulary):
 
 
 def measure(options, length, steps):
-    """-> {"annotate": bytes, "train": bytes, "seconds": of a step}; the peaks are this rank's."""
+    """-> {"annotate": bytes, "train": bytes, "seconds": of a step, "shared": whether prompts are}; the peaks are this
+    rank's."""
     cuda = options.device == "cuda"
     vocabulary = tgdpo.once(tgdpo.load_config, options.model_name_or_path).vocab_size
     pairs = random_pairs(tgdpo.batch_size(options), length, vocabulary)
@@ -78,6 +79,7 @@ def measure(options, length, steps):
     model = tgdpo.load_model(options.model_name_or_path, options)
     # Before any forward, after which FSDP would show gathered weights; AdamW's state comes with the first step.
     optimizer, scheduler, _ = tgdpo.make_optimizer(model, len(pairs), options)
+    options = tgdpo.replace(options, shared_prompt=tgdpo.share_prompts(model, pairs, options))
     forget_peak(options.device)   # loading is another matter: rank 0 has held all the weights
     one_pass = range(options.per_device_train_batch_size * tgdpo.world())
     tgdpo.pass_over(model, pairs.select(one_pass), options, learn=False)
@@ -95,7 +97,8 @@ def measure(options, length, steps):
     torch.cuda.synchronize() if cuda else None
     if len(optimizer.state) != len([*model.parameters()]):
         raise RuntimeError("the optimizer does not hold all weights; what was measured is not training")
-    return found | {"train": peak(options.device) - before, "seconds": (time.perf_counter() - began) / steps}
+    seconds = (time.perf_counter() - began) / steps
+    return found | {"train": peak(options.device) - before, "seconds": seconds, "shared": options.shared_prompt}
 
 
 def main(argv):
@@ -149,15 +152,16 @@ def report(own, options):
     where = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
     recompute = "on" if options.gradient_checkpointing else "off"
     print(f"{name}: {about.weights / 1e9:.3f} billion weights; {tgdpo.world()} processes on {where}, {options.dtype}, "
-          f"gradient checkpointing {recompute}, {pairs} pairs in a pass, each of 2 x {own.length} tokens")
+          f"gradient checkpointing {recompute}, {pairs} pairs in a pass, each of 2 x {own.length} tokens"
+          + ", half of them a prompt that both share" * found[0]["shared"])
     for stage in ("annotate", "train"):
         values = " ".join(f"{rank[stage] / plan.GIB:.2f}" for rank in found)
         print(f"{stage:9} estimated {plan.total(estimate[stage]) / plan.GIB:6.2f} GiB, measured on each rank: {values}")
     seconds, batch = max(rank["seconds"] for rank in found), tgdpo.batch_size(options)
-    # Model operations: without what gradient checkpointing computes again.
-    plain = tgdpo.replace(options, gradient_checkpointing=False)
-    body = plan.costs(plain, 2, own.length)[1].both
-    operations = batch * (body + 3 * 2 * 2 * (own.length - own.length // 2) * about.hidden * about.vocabulary)
+    # Model operations: without what gradient checkpointing computes again; a shared prompt's count once.
+    plain, response = tgdpo.replace(options, gradient_checkpointing=False), own.length - own.length // 2
+    body = plan.costs(plain, *((1, own.length + response) if found[0]["shared"] else (2, own.length)))[1].both
+    operations = batch * (body + 3 * 2 * 2 * response * about.hidden * about.vocabulary)
     print(f"{seconds:.2f} s a step of {batch} pairs, {batch * 2 * own.length / seconds:.0f} tokens a second; "
           f"{operations / seconds / 1e12:.3g} x 10^12 operations a second"
           + f", {operations / seconds / (tgdpo.world() * own.peak * 1e12):.1%} of peak" * (options.device == "cuda"))

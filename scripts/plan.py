@@ -9,7 +9,8 @@ with one GPU too (plain python computes under autocast, which keeps more). Of th
 data and tokenizer are, for the lengths, if they are on this machine. Activations and operations are not guessed by a
 formula: the model is built without weights (torch's meta device), its blocks run forwards and backwards on tensors
 without content, and torch counts what autograd keeps and what would be multiplied. The rest is arithmetic on what
-section 8 of tgdpo.py does. It is an estimate all the same: allocator, NCCL and CUDA's own memory are allowed for by
+section 8 of tgdpo.py does. All is counted for the plain layout, each response with a copy of its prompt; where prompts
+are shared, a run takes less. It is an estimate all the same: allocator, NCCL and CUDA's own memory are allowed for by
 filling a GPU to 90 % only.
 """
 import argparse
@@ -109,17 +110,17 @@ def memory(options, about, cost, responses, shards):
     """Bytes on each GPU at the moment that takes most -> {stage: {part: bytes}}; responses is the number of response
     tokens in a micro-batch."""
     size = 2 if options.dtype == "bfloat16" else 4
-    logits = min(4 * responses * about.vocabulary, tgdpo.LOGITS_BYTES)
+    logits = min(responses * about.vocabulary, tgdpo.LOGITS_BYTES // 4)   # of them one tensor, and blocks in float32
+    softmax = size * logits + 3 * min(4 * logits, tgdpo.BLOCK_BYTES)
     weights = 4 * about.weights / shards
     # Gathered: the rest, once; a block and the one after it, fetched ahead.
     gathered = size * (about.rest + 2 * about.block)
     frozen = {"weights": weights, "gradients": 0, "AdamW": 0, "gathered": gathered,
-              "activations": cost.one_block, "log-probs": 2.5 * logits}
+              "activations": cost.one_block, "log-probs": softmax}
     # While a block's gradient is reduced: the gradient, and its float32 copy. The rest's gradient waits for the end.
     during = {"gathered": gathered + size * (about.rest + about.block) + 4 * about.block,
               "activations": cost.activations + cost.one_block * options.gradient_checkpointing,
-              # logits and their gradient, in both types
-              "log-probs": 4 * logits + 2 * size * responses * about.hidden}
+              "log-probs": softmax + 2 * size * responses * about.hidden}
     end = {"gathered": (size + 4) * about.rest, "activations": 0, "log-probs": 0}
     train = {"weights": weights, "gradients": weights, "AdamW": 2 * weights} | max(during, end, key=total)
     return {"annotate": frozen, "train": train}

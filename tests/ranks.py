@@ -122,9 +122,9 @@ def main(job):
     assert tgdpo.start_processes()
     found = {"world": tgdpo.world(), "models": {}, "statuses": []}
     for name, (path, out, changes) in job["models"].items():
-        tgdpo.LOGITS_BYTES = changes.pop("logits_bytes", 2**28)
+        tgdpo.LOGITS_BYTES = changes.pop("logits_bytes", 2**27)
         found["models"][name] = compare_with_plain(path, Path(out), **changes)
-    tgdpo.LOGITS_BYTES = 2**28
+    tgdpo.LOGITS_BYTES = 2**27
     if "large" in job:
         found |= {"loading": loading(job["large"]), "waiting": waiting()}
         found["table"] = table(job["models"]["llama, untied"][0])

@@ -2,7 +2,6 @@
 
 import random
 import time
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,7 +11,6 @@ import transformers
 import tgdpo
 from conftest import Bench, make_model, small_config
 from test_logps import FAMILIES, brute
-from test_logps import ROWS as TWO
 
 ids = random.Random(0).choices
 PAIRS = {
@@ -362,14 +360,3 @@ def test_a_run_tokenizes_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tgdpo, "tokenize", lambda *args: calls.append(1) or original(*args))
     bench.train(max_steps=1, eval_size=2)  # a reward model, annotations, training, evaluation
     assert len(calls) == 1
-
-
-def test_freed_memory_is_kept_where_glibc_is_and_elsewhere_nothing_happens(monkeypatch):
-    calls = []
-    fake = SimpleNamespace(mallopt=lambda *args: calls.append(args))
-    monkeypatch.setattr(tgdpo.ctypes, "CDLL", lambda name: fake)
-    tgdpo.keep_freed_memory()
-    assert calls == [(-4, 0), (-1, 2**31 - 1)]
-    monkeypatch.setattr(tgdpo.ctypes, "CDLL", lambda name: SimpleNamespace())
-    tgdpo.keep_freed_memory()
-    assert len(calls) == 2

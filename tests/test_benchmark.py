@@ -1,0 +1,104 @@
+"""scripts/benchmark.py: what it counts, what it runs, what it refuses. No test here is timed."""
+
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+
+import tgdpo
+from conftest import eight_pairs, small_config, write_rows
+
+sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
+
+import benchmark
+
+SMALL = ["--layers", "1", "--width", "16", "--vocabulary", "300", "--tokens", "64", "--batch", "4"]
+
+
+def test_useful_operations_by_hand():
+    """A prompt of 3 tokens, responses of 2 and 1: 6 tokens through the blocks, 3 through the head, 3 + 2 + 1 + 2 + ... seen."""
+    model = transformers.AutoModelForCausalLM.from_config(small_config("llama", num_hidden_layers=1))
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    pairs = datasets.Dataset.from_list([{"prompt_ids": [7, 8, 9], "chosen_ids": [5, 6], "rejected_ids": [4]}])
+    seen = (1 + 2 + 3) + (4 + 5) + 4  # what each token of prompt, chosen and rejected sees
+    assert benchmark.useful(pairs, model) == 2 * block * 6 + 4 * 32 * seen + 2 * 32 * model.config.vocab_size * 3
+    assert benchmark.useful(datasets.concatenate_datasets([pairs] * 3), model) == 3 * benchmark.useful(pairs, model)
+
+
+def test_the_exponent_of_a_growth():
+    xs = [256, 512, 2048]
+    assert benchmark.slope(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
+    assert benchmark.slope(xs, [7, 7, 7]) == pytest.approx(0)
+
+
+def test_a_process_reports_its_last_line_its_time_and_its_memory():
+    code = "import time; data = bytearray(200 * 2**20); time.sleep(0.3); print('x'); print('last')"
+    line, seconds, peak = benchmark.process([sys.executable, "-c", code], "it")
+    assert line == "last" and seconds >= 0.3
+    assert 200 * 2**20 < peak < 300 * 2**20
+    with pytest.raises(RuntimeError, match="it failed: .*no such thing"):
+        benchmark.process([sys.executable, "-c", "raise ValueError('no such thing')"], "it")
+
+
+@pytest.mark.parametrize("data", ["random", "own"])
+def test_rates_of_both_stages(data, tmp_path, capsys):
+    own = ["--dataset", write_rows(tmp_path / "p.jsonl", eight_pairs())] if data == "own" else ["--pairs", "8"]
+    assert benchmark.main([*own, *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "8 pairs read, 8 used" in out and re.search(r"multiplies matrices at [1-9]\d* x 10\^9", out)
+    for stage in ("annotate", "train"):
+        pairs, tokens, share, peak = map(float, re.search(rf"{stage} +(\S+) +(\S+) +(\S+) +(\S+)\n", out).groups())
+        assert tokens > pairs > 0 and share < 1 and 0.2 < peak < 3
+
+
+def test_growth_over_one_quantity(monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.GROW, "tokens", (64, 128))
+    assert benchmark.main(["--grow", "tokens"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\n +64 .*\n +128 .*\n +grows as +t\^", out) and "layers " not in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--layers", "0"], "--layers is 0; expected at least 1"),
+        (["--width", "191"], "--width is 191; expected a multiple of its number of heads"),
+        (["--pairs", "-1"], "--pairs is -1"),
+        (["--against", "trl", "--grow"], "expected one of them"),
+        (["--against", "trl", "--trl_python", "/no/python"], "/no/python cannot import TRL"),
+        (["--dataset", "nothing.json"], "nothing.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(argv, message, capsys):
+    assert benchmark.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("benchmark.py: error: ") and error.count("\n") == 1
+
+
+def test_whole_runs_beside_another_trainer(tmp_path, monkeypatch, capsys):
+    """TRL itself is not among the tests' packages: a process that takes its place shows that both get the same pairs."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys, datasets, transformers\n"
+        "if sys.argv[1] == '-c':\n"
+        "    print('1.16.0'), sys.exit()\n"
+        "job = json.load(open(sys.argv[3]))\n"
+        "pairs = datasets.load_from_disk(job['pairs'])\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(job['model'])\n"
+        "assert sys.argv[2] == '--trl' and len(pairs) == 8 and job['steps'] == 2 and job['batch'] == 4\n"
+        "assert model.config.n_layer == 1 and {'prompt_ids', 'chosen_ids', 'rejected_ids'} <= set(pairs.column_names)\n"
+        "print(json.dumps({'seconds': 1000.0}))\n"
+    )
+    fake.chmod(0o755)
+    rows = write_rows(tmp_path / "p.jsonl", eight_pairs())
+    argv = ["--against", "trl", "--trl_python", str(fake), "--rounds", "1", "--dataset", rows, *SMALL]
+    assert benchmark.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "TRL 1.16.0" in out and "2 steps of 4 pairs" in out
+    ratios = dict(re.findall(r"^(TRL, DPO|tgdpo.py, T?G?DPO) .*?(\d+\.\d\d) \(", out, re.M))
+    assert float(ratios["TRL, DPO"]) == 1
+    assert all(float(ratios[name]) > 10 for name in ("tgdpo.py, DPO", "tgdpo.py, TGDPO"))
