@@ -1077,14 +1077,15 @@ def passes(pairs, options):
 def share_prompts(model, pairs, options):
     """Whether a pair can be one row, prompt + chosen + rejected (`collate`) -> bool, on all ranks the same.
 
-    The longest pair is tried. Its log-probs must be those of the plain layout; the yardstick is what differs if the
-    rejected response sees the chosen one, since rounding depends on model and type (measured: of that 1e-4 in float32
-    and 0.01 in bfloat16 where masks are honoured, 0.2 and more where not). On CUDA, where a mask rules flash attention
-    out, it must not take longer either.
+    The pair with the longest sequence is tried. Its log-probs must be those of the plain layout; the yardstick is what
+    differs if the rejected response sees the chosen one, since rounding depends on model and type (measured: of that
+    1e-4 in float32 and 0.01 in bfloat16 where masks are honoured, 0.2 and more where not). On CUDA, where a mask rules
+    flash attention out, it must not take longer either.
     """
     if not options.shared_prompt or "rejected_ids" not in pairs.column_names:
         return False
-    lengths = pair_lengths(pairs)
+    parts = zip(*[map(len, pairs[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")])
+    lengths = [prompt + max(chosen, rejected) for prompt, chosen, rejected in parts]   # of the longer sequence
     rows = pairs[[lengths.index(max(lengths))]]
     plain, shared = [collate(rows, model.device, layout) for layout in (False, True)]
     sharded, mask = dist.is_initialized(), plain["mask"]
@@ -1271,12 +1272,12 @@ def train(options, pairs, tokenizer, facts):
     if once(open_run, folder, options, facts):
         return print(f"{folder}: finished already")
     check_same("pairs (their fingerprint)", pairs_fingerprint(pairs))
-    pairs, held_out = [pairs.select(rows) for rows in split_rows(len(pairs), options)]
+    every, (pairs, held_out) = pairs, [pairs.select(rows) for rows in split_rows(len(pairs), options)]
     torch.manual_seed(options.seed)
     model = load_model(options.model_name_or_path, options)
     optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)
     step, window = load_checkpoint(folder, model, optimizer, scheduler) if options.resume else (0, {})
-    options = replace(options, shared_prompt=share_prompts(model, pairs, options))
+    options = replace(options, shared_prompt=share_prompts(model, every, options))
     seconds, tokens, scores = 0.0, 0, {}
     bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}", disable=rank() > 0 or None)
     with bar, open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:

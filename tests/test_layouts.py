@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import tgdpo
-from conftest import Bench, make_model, small_config
+from conftest import Bench, make_model, small_config, write_rows
 from test_logps import FAMILIES, brute
 
 ids = random.Random(0).choices
@@ -113,6 +113,21 @@ def test_a_model_that_cannot_share_prompts_is_found_out(family, capsys):
     out = capsys.readouterr().out
     assert " gets each prompt twice, once for each response: " in out and why in out
     assert out.count("\n") == 1
+
+
+def test_the_longest_sequence_decides_wherever_it_is(tmp_path, capsys):
+    """It may be in a pair with fewer tokens in all than another, and it may be held out."""
+    words = "yes no one two three cat dog sun".split()
+    rows = [dict(prompt="red", chosen=" ".join(words), rejected=" ".join(words[1:]))] * 7  # 1 + 9 tokens, 18 in all
+    rows.append(dict(prompt="red", chosen=" ".join(words + words[:5]), rejected="no"))  # 1 + 14 tokens, 17 in all
+    bench = Bench(tmp_path)
+    bench.model = make_model(tmp_path / "own", "mistral", scale=4.0, sliding_window=12)
+    bench.data = write_rows(tmp_path / "rows.jsonl", rows)
+    for seed in range(40):  # one that holds the last pair out
+        if tgdpo.split_rows(8, tgdpo.Options(eval_size=1, seed=seed))[1] == [7]:
+            break
+    bench.train(loss="simpo", max_steps=1, eval_size=1, seed=seed)
+    assert "its sliding window is 12 tokens, a sequence 15" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
