@@ -125,7 +125,10 @@ def test_help_shows_every_option_with_its_default(capsys):
     assert e.value.code == 0
     for field in tgdpo.fields(tgdpo.Options):
         assert f"--{field.name}" in text
-    assert text.count("(default:") == len(tgdpo.fields(tgdpo.Options))
+    switches = [f"--no_{field.name}" for field in tgdpo.fields(tgdpo.Options) if field.default is True]  # transformers'
+    assert switches == ["--no_shared_prompt"] and switches[0] in text
+    assert text.count("(default:") == len(tgdpo.fields(tgdpo.Options)) + len(switches)
+    assert read("--no_shared_prompt").shared_prompt is read("--shared_prompt", "false").shared_prompt is False
     assert all(f"--{name} {value}" in text for name, value in tgdpo.TINY.items())
 
 
