@@ -147,7 +147,8 @@ NEW_TOKENS = 32   # the longest response that the tiny mode draws
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and how it computes and what is reported, not what is learned.
 MAY_CHANGE = ("resume output_dir cache_dir device hsdp shared_prompt gradient_checkpointing save_steps eval_steps "
-              "logging_steps per_device_train_batch_size gradient_accumulation_steps").split()   # of the last two the product stays
+              "logging_steps "
+              "per_device_train_batch_size gradient_accumulation_steps").split()   # of the last two the product stays
 
 
 def read_options(argv):
@@ -1272,7 +1273,8 @@ def train(options, pairs, tokenizer, facts):
     if once(open_run, folder, options, facts):
         return print(f"{folder}: finished already")
     check_same("pairs (their fingerprint)", pairs_fingerprint(pairs))
-    every, (pairs, held_out) = pairs, [pairs.select(rows) for rows in split_rows(len(pairs), options)]
+    every = pairs
+    pairs, held_out = [every.select(rows) for rows in split_rows(len(every), options)]
     torch.manual_seed(options.seed)
     model = load_model(options.model_name_or_path, options)
     optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)

@@ -179,7 +179,7 @@ def make_model(folder, sizes, tokenizer, seed):
 
 
 def prepare(own, folder):
-    """Rows, a tokenizer made from them, a model, a reward model -> (data file, model, reward model, tokenized pairs)."""
+    """Write rows, a tokenizer made from them, a model and a reward model -> (data file, the models, tokenized pairs)."""
     import tgdpo
     rows = tgdpo.load_rows(own.dataset, "train") if own.dataset else random_rows(own.pairs or 256)
     rows = rows[:own.pairs or len(rows)]
@@ -205,10 +205,10 @@ def against_trl(own, folder):
         measured = of_child("trl", job, folder, own.trl_python)
         found["TRL, DPO"].append((measured["seconds"], measured["peak"]))
         for loss, more in (("dpo", []), ("tgdpo", ["--reward_model", judge])):
-            where = ["--output_dir", folder / f"{loss}{k}", "--cache_dir", folder / f"cache{loss}{k}"]
-            _, seconds, peak = process([sys.executable, ROOT / "tgdpo.py", *common, "--loss", loss, *more, *where], loss)
+            more += ["--loss", loss, "--output_dir", folder / f"{loss}{k}", "--cache_dir", folder / f"cache{loss}{k}"]
+            _, seconds, peak = process([sys.executable, ROOT / "tgdpo.py", *common, *more], loss)
             found[f"tgdpo.py, {loss.upper()}"].append((seconds, peak))
-    print(f"{steps} steps of {own.batch} pairs; median of {own.rounds}, in parentheses all ratios to TRL's run beside it")
+    print(f"{steps} steps of {own.batch} pairs; median of {own.rounds}; in parentheses the ratios, run by run")
     print(f"{'':17}{'seconds':>9}{'pairs a second':>16}{'times TRL':>24}{'peak GiB':>10}{'of TRL':>8}")
     for name, runs in found.items():
         seconds, peak = [sorted(values)[len(runs) // 2] for values in zip(*runs)]

@@ -19,7 +19,7 @@ SMALL = ["--layers", "1", "--width", "16", "--vocabulary", "300", "--tokens", "6
 
 
 def test_useful_operations_by_hand():
-    """A prompt of 3 tokens, responses of 2 and 1: 6 tokens through the blocks, 3 through the head, 3 + 2 + 1 + 2 + ... seen."""
+    """A prompt of 3 tokens, responses of 2 and 1: 6 tokens through the blocks, 3 through the head."""
     model = transformers.AutoModelForCausalLM.from_config(small_config("llama", num_hidden_layers=1))
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     pairs = datasets.Dataset.from_list([{"prompt_ids": [7, 8, 9], "chosen_ids": [5, 6], "rejected_ids": [4]}])
@@ -79,7 +79,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(argv, message, capsys):
 
 
 def test_whole_runs_beside_another_trainer(tmp_path, monkeypatch, capsys):
-    """TRL itself is not among the tests' packages: a process that takes its place shows that both get the same pairs."""
+    """TRL is not among the tests' packages: a process that takes its place shows that both get the same pairs."""
     fake = tmp_path / "python"
     fake.write_text(
         f"#!{sys.executable}\n"

@@ -159,10 +159,8 @@ def test_on_cuda_the_faster_layout_is_taken(shared, faster, monkeypatch, capsys)
 def test_runs_with_shared_and_plain_prompts_are_the_same(tmp_path, loss):
     bench = Bench(tmp_path)
     judge = bench.reward_model if loss == "tgdpo" else None
-    runs = [
-        bench.train(loss=loss, reward_model=judge, max_steps=6, eval_size=2, shared_prompt=shared, cache_dir=tmp_path / str(shared))
-        for shared in (True, False)
-    ]  # fmt: skip
+    same = dict(loss=loss, reward_model=judge, max_steps=6, eval_size=2)
+    runs = [bench.train(**same, shared_prompt=layout, cache_dir=tmp_path / str(layout)) for layout in (True, False)]
     assert runs[0][0] != runs[1][0], "rounding differs, so both layouts were run"
     for row, other in zip(*[rows for rows, _ in runs], strict=True):
         for name in row.keys() - {"tokens_per_second"}:
