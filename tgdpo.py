@@ -146,8 +146,8 @@ NEW_TOKENS = 32   # the longest response that the tiny mode draws
 # Numbers that may be 0; all others must be above it (but gamma and max_steps, which have rules of their own).
 ZERO_IS_FINE = "alpha learning_rate warmup_ratio weight_decay max_grad_norm eval_size save_steps seed".split()
 # What a --resume may change: where and how it computes and what is reported, not what is learned.
-MAY_CHANGE = ("resume output_dir cache_dir device hsdp shared_prompt gradient_checkpointing save_steps eval_steps "
-              "logging_steps "
+MAY_CHANGE = ("resume output_dir cache_dir device hsdp shared_prompt gradient_checkpointing "
+              "save_steps eval_steps logging_steps "
               "per_device_train_batch_size gradient_accumulation_steps").split()   # of the last two the product stays
 
 

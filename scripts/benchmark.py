@@ -179,7 +179,7 @@ def make_model(folder, sizes, tokenizer, seed):
 
 
 def prepare(own, folder):
-    """Write rows, a tokenizer made from them, a model and a reward model -> (data file, the models, tokenized pairs)."""
+    """Write rows, a tokenizer made from them and two models -> (data file, model, reward model, tokenized pairs)."""
     import tgdpo
     rows = tgdpo.load_rows(own.dataset, "train") if own.dataset else random_rows(own.pairs or 256)
     rows = rows[:own.pairs or len(rows)]
