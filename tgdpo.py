@@ -357,7 +357,8 @@ class LabelLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels):
-        size = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+        """Keeps the logits themselves, and one number a row."""
+        ctx.size = size = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
         # (1a)  log π(a|s) = z_a - log Σ_v exp z_v, in float32
         log_sums = torch.cat([block.float().logsumexp(-1) for block in logits.split(size)])             # (M,)
         ctx.save_for_backward(logits, labels, log_sums)
@@ -366,9 +367,9 @@ class LabelLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        """g (M,) -> g (1[v = label] - π(v|s)), (M, V)."""
         logits, labels, log_sums = ctx.saved_tensors
-        size = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
-        for block, log_sum, g in zip(logits.split(size), log_sums[:, None].split(size), grad[:, None].split(size)):
+        for block, log_sum, g in zip(*[part.split(ctx.size) for part in (logits, log_sums[:, None], grad[:, None])]):
             block.copy_((block.float() - log_sum).exp_().mul_(-g))                      # -g π(v|s)
         return logits.scatter_add_(-1, labels[:, None], grad[:, None].to(logits.dtype)), None
 

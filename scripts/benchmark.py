@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -195,7 +196,7 @@ def prepare(own, folder):
 def against_trl(own, folder):
     """Alternate TRL's DPO, our DPO and our TGDPO -> print medians and ratios."""
     data, model, judge, pairs = prepare(own, folder)
-    steps = own.steps or math.ceil(len(pairs) / own.batch)
+    steps, seen = own.steps or math.ceil(len(pairs) / own.batch), own.steps * own.batch or len(pairs)
     job = dict(model=model, pairs=str(folder / "tokens"), batch=own.batch, steps=steps, tokens=own.tokens,
                device=own.device, dtype=own.dtype, out=str(folder / "trl"))
     common = ["--model_name_or_path", model, "--dataset", data, "--max_length", own.tokens, "--max_steps", steps,
@@ -211,11 +212,11 @@ def against_trl(own, folder):
     print(f"{steps} steps of {own.batch} pairs; median of {own.rounds}; in parentheses the ratios, run by run")
     print(f"{'':17}{'seconds':>9}{'pairs a second':>16}{'times TRL':>24}{'peak GiB':>10}{'of TRL':>8}")
     for name, runs in found.items():
-        seconds, peak = [sorted(values)[len(runs) // 2] for values in zip(*runs)]
+        seconds, peak = [median(values) for values in zip(*runs)]
         ratios = [first[0] / run[0] for first, run in zip(found["TRL, DPO"], runs)]
-        share = sorted(run[1] / first[1] for first, run in zip(found["TRL, DPO"], runs))[len(runs) // 2]
-        each = f"{sorted(ratios)[len(runs) // 2]:.2f} ({' '.join(f'{ratio:.2f}' for ratio in ratios)})"
-        print(f"{name:17}{seconds:9.1f}{steps * own.batch / seconds:16.2f}{each:>24}{peak / 2**30:10.2f}{share:8.2f}")
+        share = median(run[1] / first[1] for first, run in zip(found["TRL, DPO"], runs))
+        each = f"{median(ratios):.2f} ({' '.join(f'{ratio:.2f}' for ratio in ratios)})"
+        print(f"{name:17}{seconds:9.1f}{seen / seconds:16.2f}{each:>24}{peak / 2**30:10.2f}{share:8.2f}")
 
 
 def print_rates(found, peak):
