@@ -108,7 +108,7 @@ class Options:
     reward_model: str | None = option(None, "model whose log-ratios are the token rewards; none: one is trained by DPO")
     dataset: str | None = option(None, "pairs: .json, .jsonl, .jsonl.gz, .parquet, a saved data set or a hub name")
     dataset_split: str = option("train", "split of a hub data set or of a saved DatasetDict")
-    loss: Literal["tgdpo", "dpo", "simpo"] = option("tgdpo", "the loss")
+    loss: str = option("tgdpo", "the loss: tgdpo, dpo or simpo")
     beta: float = option(0.1, "strength of the pull towards the reference; SimPO: scale of the mean log-prob")
     alpha: float = option(0.5, "TGDPO: weight of the token rewards in f = 1 +- alpha rhat; 0 is DPO")
     reward_beta: float | None = option(None, "the beta inside rhat, and of a reward model trained here; none: beta")
@@ -198,6 +198,8 @@ def check_options(o, devices):
             need(name, 0 <= value < math.inf, "a number, 0 or above")
             if name not in ZERO_IS_FINE:
                 need(name, value > 0 or isinstance(value, bool), "a number above 0")
+    losses = [*GUIDED, "dpo", "simpo"]
+    need("loss", o.loss in losses, f"one of {', '.join(losses)}")
     need("gamma", math.isfinite(o.gamma), "a number")
     need("warmup_ratio", o.warmup_ratio <= 1, "at most 1")
     need("max_length", o.max_length >= (2 if o.model_name_or_path else 2 * NEW_TOKENS),
@@ -274,6 +276,10 @@ def tgdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref
     # (8c)  loss = -log σ(φ): Bradley-Terry's P(y_w beats y_l) = σ(φ + δ) without δ, which π_θ cannot change
     losses = -F.logsigmoid(phi)
     return losses, beta * chosen_ratios.sum(-1).detach(), beta * rejected_ratios.sum(-1).detach()
+
+
+# Losses that read token rewards, by the name in Options.loss. Yours, with the same arguments, needs one more line here.
+GUIDED = {"tgdpo": tgdpo_loss}
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, beta, gamma):
@@ -624,6 +630,14 @@ def tiny_next(before, noun):
             "and": ["it"], ".": ["<eos>"]}.get(before, [])
 
 
+def tiny_sentence(noun, rng):
+    """A random description of `noun` by the grammar, as its words; the last is <eos>."""
+    words = [""]
+    while words[-1] != "<eos>":
+        words.append(rng.choice(tiny_next(words[-1], noun)))
+    return words[1:]
+
+
 def tiny_legal(noun, words):
     """Which of the words the grammar allows."""
     return [word in tiny_next(before, noun) for before, word in zip(["", *words], words)]
@@ -637,6 +651,12 @@ def tiny_rewards(noun, words):
         sign = -1 if "not" in (before, before == "very" and two_before) else 1   # "not good", "not very good"
         rewards.append(float(((word in GOOD) - (word in BAD)) * sign * (1 + (before == "very"))) if legal else -1.0)
     return rewards
+
+
+def tiny_truth(tokenizer, prompts, responses, of=tiny_rewards):
+    """tiny_rewards, or tiny_legal, of responses to "describe the <noun> :", both as lists of token ids."""
+    return [of(tokenizer.decode(prompt[2]), tokenizer.convert_ids_to_tokens(ids))
+            for prompt, ids in zip(prompts, responses)]
 
 
 def tiny_tokenizer(texts, max_length, size=4096):
@@ -684,19 +704,24 @@ def tiny_language_model(sequences, tokenizer, options, folder):
 
 
 @torch.no_grad()
-def sample(path, prompts, options, tokenizer, title):
-    """A response to each prompt, drawn from a model at temperature 1: lists of prompt ids -> lists of response ids."""
-    torch.manual_seed(options.seed)
-    model = read_model(path).to(options.device).eval()
+def generate(model, prompts, tokenizer, title=None, new_tokens=NEW_TOKENS):
+    """A response to each prompt, drawn at temperature 1: lists of prompt ids -> lists of at most new_tokens ids, an end
+    token included. A title shows a bar."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     settings = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True, top_k=0,
-                                             max_new_tokens=NEW_TOKENS)
+                                             max_new_tokens=new_tokens)
     responses = []
-    for start in tqdm(range(0, len(prompts), 256), desc=title, disable=None):
+    for start in tqdm(range(0, len(prompts), 256), desc=title, disable=title is None or None):
         batch = tokenizer.pad({"input_ids": prompts[start:start + 256]}, padding_side="left", return_tensors="pt")
         drawn = model.generate(**batch.to(model.device), generation_config=settings)[:, batch["input_ids"].shape[1]:]
         responses += [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
     return responses
+
+
+def sample(path, prompts, options, tokenizer, title):
+    """`generate` from the model in a directory, seeded."""
+    torch.manual_seed(options.seed)
+    return generate(read_model(path).to(options.device).eval(), prompts, tokenizer, title)
 
 
 def tiny_pairs(path, tokenizer, options, file):
@@ -853,7 +878,10 @@ def read_model(name):
 def prepare_model(model, options):
     """Put a model into train mode (gradient checkpointing asks for it) with every dropout at 0, so that the policy and
     the reference run the same forward. Dropout sits in nn.Dropout modules and in float attributes."""
-    for module in model.modules():
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, transformers.activations.NewGELUActivation):
+                setattr(module, name, transformers.activations.GELUTanh())   # the same function in one kernel
         dropouts = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in dropouts + ["p"] * isinstance(module, torch.nn.Dropout):
             setattr(module, name, 0.0)
@@ -1181,18 +1209,19 @@ def forward(model, batch, options):
     if options.loss == "simpo":
         losses, chosen, rejected = simpo_loss(chosen_logps, rejected_logps, *mask.chunk(2),
                                               options.beta, options.gamma)
-    else:   # r̂ = 0, and so f = 1, is DPO
-        rewards = batch["rewards"] if options.loss == "tgdpo" else torch.zeros_like(logps)              # r̂, (N, R)
-        floor = options.guidance_floor if options.loss == "tgdpo" else None
-        losses, chosen, rejected = tgdpo_loss(chosen_logps, rejected_logps, *batch["ref_logps"].chunk(2),
-                                              *rewards.chunk(2), options.beta, options.alpha, floor)
+    else:   # DPO is r̂ = 0, and so f = 1
+        rewards = batch["rewards"] if options.loss in GUIDED else torch.zeros_like(logps)               # r̂, (N, R)
+        bound = {"floor": options.guidance_floor} if options.loss == "tgdpo" else {}
+        losses, chosen, rejected = GUIDED.get(options.loss, tgdpo_loss)(
+            chosen_logps, rejected_logps, *batch["ref_logps"].chunk(2), *rewards.chunk(2),
+            options.beta, options.alpha, **bound)
     metrics = {"loss": losses.detach(), "rewards/chosen": chosen, "rewards/rejected": rejected,
                "rewards/margins": chosen - rejected,
                "rewards/accuracies": (chosen - rejected > 1e-5).float(),   # at the start all are 0, but for rounding
                "logps/chosen": chosen_logps.detach().sum(-1), "logps/rejected": rejected_logps.detach().sum(-1)}
     if options.loss == "tgdpo":   # f of both responses of a pair, side by side
         sides = torch.tensor([1.0, -1.0], device=logps.device).repeat_interleave(len(losses))[:, None]  # (N, 1)
-        f = torch.cat(guidance(rewards, options.alpha, sides, floor).chunk(2), dim=-1)                  # (B, 2R)
+        f = torch.cat(guidance(rewards, options.alpha, sides, **bound).chunk(2), dim=-1)                # (B, 2R)
         inside = torch.cat(mask.chunk(2), dim=-1)                                                       # (B, 2R)
         metrics |= {"guidance/sum": (f * inside).sum(-1), "guidance/tokens": inside.sum(-1),
                     "guidance/min": f.where(inside, math.inf).amin(-1),
@@ -1346,7 +1375,7 @@ def check_run(options, tokenizer, pairs):
     needed = [options.model_name_or_path]
     needed += [options.ref_model] * bool(options.loss != "simpo" and options.ref_model)
     needed += [options.reward_model] * bool(
-        options.loss == "tgdpo" and options.reward_model and "chosen_rewards" not in pairs.column_names)
+        options.loss in GUIDED and options.reward_model and "chosen_rewards" not in pairs.column_names)
     check_models(needed, tokenizer, pairs)
     split_rows(len(pairs), options)
     if options.eval_steps and not options.eval_size:
@@ -1369,9 +1398,9 @@ def run(options, tokenizer, pairs, counts):
         facts["reference"] = once(model_fingerprint, reference)
         ref_logps = annotate(reference, pairs, options, "annotate: reference")
         pairs = add_columns(pairs, "ref_logps", ref_logps)
-    if options.loss == "tgdpo" and own_rewards:
+    if options.loss in GUIDED and own_rewards:
         print("token rewards: the data set's own" + "; --reward_model is not used" * bool(options.reward_model))
-    elif options.loss == "tgdpo":
+    elif options.loss in GUIDED:
         beta = options.reward_beta or options.beta
         judge = options.reward_model or str(folder / "reward_model")
         found["reward model" if options.reward_model else "dpo"] = judge
@@ -1415,10 +1444,7 @@ def tiny_data(options, start, file):
         tokenizer = tiny_tokenizer(None, options.max_length)
         texts = []
         for noun in rng.choices(NOUNS, k=20000):
-            words = [""]
-            while words[-1] != "<eos>":
-                words.append(rng.choice(tiny_next(words[-1], noun)))
-            texts.append(tokenizer(f"describe the {noun} : {' '.join(words)}").input_ids)
+            texts.append(tokenizer(f"describe the {noun} : {' '.join(tiny_sentence(noun, rng))}").input_ids)
         prompts = tokenizer([f"describe the {noun} :" for noun in rng.choices(NOUNS, k=TINY_PROMPTS)]).input_ids
     with reading(f"--output_dir {start.parent}"):
         start.mkdir(parents=True, exist_ok=True)
@@ -1438,11 +1464,11 @@ def run_tiny(options):
     tokenizer, pairs, counts, prompts = once(tiny_data, options, start, file)
     options = replace(options, model_name_or_path=str(start), dataset=options.dataset or str(file))
     found = run(options, tokenizer, pairs, counts)
-    if known and options.loss == "tgdpo":   # the same with the true token rewards: what a perfect reward model would do
-        truth = [[tiny_rewards(tokenizer.decode(prompt[2]), tokenizer.convert_ids_to_tokens(ids)) for prompt, ids in
-                  zip(pairs["prompt_ids"], pairs[side])] for side in ("chosen_ids", "rejected_ids")]
+    if known and options.loss in GUIDED:   # the same with the true token rewards: what a perfect reward model would do
+        truth = [tiny_truth(tokenizer, pairs["prompt_ids"], pairs[side]) for side in ("chosen_ids", "rejected_ids")]
         stage = replace(options, output_dir=str(folder / "true_rewards"))
-        found["tgdpo, truth"] = run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)["tgdpo"]
+        stage_found = run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)
+        found[f"{options.loss}, truth"] = stage_found[options.loss]
     tiny_report(options, tokenizer, found, prompts, known)
 
 
@@ -1465,10 +1491,8 @@ def tiny_report(options, tokenizer, found, prompts, known):
         table[name] = {"KL": interval([sum(a) - sum(b) for a, b in zip(logps[path], logps[reference])]),
                        "length": interval([float(len(ids)) for ids in draws[name]])}
         if known:
-            words = map(tokenizer.convert_ids_to_tokens, draws[name])
-            said = list(zip([tokenizer.decode(prompt[2]) for prompt in prompts], words))
-            truth[name] = [tiny_rewards(noun, words) for noun, words in said]
-            table[name]["ungrammatical"] = interval([float(not all(tiny_legal(noun, words))) for noun, words in said])
+            truth[name], legal = [tiny_truth(tokenizer, prompts, draws[name], of) for of in (tiny_rewards, tiny_legal)]
+            table[name]["ungrammatical"] = interval([float(not all(row)) for row in legal])
             table[name]["true reward"] = interval([sum(row) for row in truth[name]])
             for other in [other for other in ("reference", "dpo", "reward model") if other in truth]:
                 totals = [(sum(mine), sum(theirs)) for mine, theirs in zip(truth[name], truth[other])]
@@ -1482,9 +1506,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
     report = {"table": table}
     if known:   # does r̂ find the tokens that truly matter, in what the reference says?
         values, worth = [torch.tensor([v for row in rows["reference"] for v in row]) for rows in (rhat, truth)]
-        good, bad = values[worth > 0][:, None], values[worth < 0]
-        report["correlation"] = torch.corrcoef(torch.stack([values, worth]))[0, 1].item()
-        report["AUC"] = ((good > bad).float() + 0.5 * (good == bad)).mean().item()   # P(r̂ good > r̂ bad)
+        report["correlation"], report["AUC"] = credit(values, worth)
         print(f"r̂ and the true token rewards: correlation {report['correlation']:.3f}, AUC {report['AUC']:.3f}")
     once(record, Path(options.output_dir), **report)
     print("\nresponses, with the r̂ of their tokens")
@@ -1492,6 +1514,13 @@ def tiny_report(options, tokenizer, found, prompts, known):
         for name in found:
             words = [tokenizer.decode([i]) for i in draws[name][k]]
             print(f"{name:14}", *map(paint, words, rhat[name][k]), sep=" " if known else "")
+
+
+def credit(values, worth):
+    """Token rewards and the true ones, (M,) each -> (correlation, AUC), which is P(value of a good token > of a bad)."""
+    good, bad = values[worth > 0], values[worth < 0].sort().values
+    below = torch.searchsorted(bad, good) + torch.searchsorted(bad, good, right=True)      # equal ones count half
+    return torch.corrcoef(torch.stack([values, worth]))[0, 1].item(), (below / 2).mean().item() / max(1, len(bad))
 
 
 def paint(text, value):
@@ -1531,15 +1560,20 @@ def command(argv):
     return status
 
 
-def main(argv):
-    """The command line -> exit status, as `command` has it. Under torchrun all ranks join for it."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # Linux: large pages for large tensors on the CPU (README)
+def quiet():
+    """Leave the terminal to what this script says itself."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")   # dcp says so of a single process
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")   # r̂ and the tokens, on a terminal that lacks such letters
+
+
+def main(argv):
+    """The command line -> exit status, as `command` has it. Under torchrun all ranks join for it."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # Linux: large pages for large tensors on the CPU (README)
+    quiet()
     joined = start_processes()
     try:
         status = command(argv)

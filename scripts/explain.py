@@ -21,8 +21,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from tgdpo import closed_form_policy, guidance, implicit_reward, tgdpo_loss, token_ppo_objective
+from treg import treg_loss
 
 ALPHAS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 
@@ -164,17 +165,6 @@ def pair_losses(log_policy, ref_logps, rewards, beta, alpha, tree, sign=1):
     # Chosen (Y, 1, T), rejected (1, Y, T): the loss sums over T, and (Y, 1) - (1, Y) makes all pairs.
     pairs = policy[:, None], policy[None], ref[:, None], ref[None], r[:, None], sign * r[None]
     return tgdpo_loss(*pairs, beta, alpha)[0]
-
-
-def treg_loss(chosen_ratios, rejected_ratios, chosen_rewards, rejected_rewards, beta, alpha):
-    """T-REG's loss (arXiv 2412.02685) of B pairs, log-ratios and rewards (B, T), w and r̂ detached -> (B,).
-
-    ℓ stands in for log π, from which it differs by a constant: the same gradient."""
-    phi = beta * chosen_ratios.sum(-1) - beta * rejected_ratios.sum(-1)
-    weight = torch.sigmoid(-phi).detach()
-    # (9a)  L = -log σ(φ_DPO) - α w Σ_t β r̂_t log π(y_t|s_t), over both responses, w = σ(-φ_DPO)
-    raised = (chosen_rewards * chosen_ratios).sum(-1) + (rejected_rewards * rejected_ratios).sum(-1)
-    return -F.logsigmoid(phi) - alpha * weight * beta * raised
 
 
 # ------------------------------------------------------------------------------------------------------- the walk
@@ -343,8 +333,8 @@ def section_9(w):
     for start, name in ((logits, "random"), (w.ref.clone().requires_grad_(), "pi_ref")):
         policy, ref = along(start.log_softmax(-1), w.tree), along(w.ref, w.tree)
         ratios = policy - ref
-        losses = [treg_loss(ratios[y], ratios[z], rhat[y], rhat[z], w.beta, 0.3)]
-        losses += [tgdpo_loss(policy[y], policy[z], ref[y], ref[z], rhat[y], rhat[z], w.beta, a)[0] for a in (0.3, 0.0)]
+        both = (policy[y], policy[z], ref[y], ref[z], rhat[y], rhat[z], w.beta)
+        losses = [treg_loss(*both, 0.3)[0]] + [tgdpo_loss(*both, a)[0] for a in (0.3, 0.0)]
         treg, tgdpo = [torch.autograd.grad(loss, start, retain_graph=True)[0] for loss in losses[:2]]
         # (9b)  φ_TGDPO = φ_DPO + α β (Σ_t r̂_t ℓ_t over y_w + Σ_t r̂_t ℓ_t over y_l)
         phi = [-loss.expm1().log() for loss in losses[1:]]

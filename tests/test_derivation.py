@@ -24,6 +24,7 @@ ROOT = Path(tgdpo.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import explain
 from explain import f64
+from treg import treg_loss
 
 TEXT = (ROOT / "derivation.md").read_text()
 
@@ -393,7 +394,7 @@ def test_treg_and_tgdpo_are_one_gradient(seed):
     treg = -torch.nn.functional.logsigmoid(d) - alpha * w * beta * (
         (rhat[0] * policy[0]).sum() + (rhat[1] * policy[1]).sum()
     )
-    ours = explain.treg_loss(l_w, l_l, *rhat, beta, alpha).sum()
+    ours = treg_loss(*policy, *ref, *rhat, beta, alpha)[0].sum()
     wanted, got, other = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (treg, ours, tgdpo_)]
     close(got, wanted)
     scale = w * (1 + math.exp((d + added).item()))
@@ -518,7 +519,7 @@ def test_every_tag_stands_in_text_code_and_tests():
     for file in (ROOT / "tests").glob("test_*.py"):
         for name, body in re.findall(r'def (test_\w+)\([^)]*\):\n +"""(.*?)"""', file.read_text(), re.S):
             tests[name] = set(TAG.findall(body))
-    rows = re.findall(r"^\| \((.*?)\) \| `(?:scripts/explain\.py: )?(\w+)` \| `(\w+)` \| .* \|$", TEXT, re.M)
+    rows = re.findall(r"^\| \((.*?)\) \| `(?:scripts/\w+\.py: )?(\w+)` \| `(\w+)` \| .* \|$", TEXT, re.M)
     assert [row[0] for row in rows] == displayed, "the table lists the tags in the order of the text"
     for tag, function, test in rows:
         assert function in code[tag], f"({tag}) is not computed in {function}"

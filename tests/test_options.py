@@ -59,7 +59,7 @@ def test_a_file_of_options_and_flags_that_override_it(tmp_path, name, text):
         (["--alpa", "1"], "unknown option --alpa; did you mean --alpha"),
         (["--learning", "1"], "unknown option --learning"),
         (["--trust_remote_code", "true"], "unknown option --trust_remote_code"),
-        (["--loss", "ipo"], "invalid choice: 'ipo'"),
+        (["--loss", "ipo"], "--loss is ipo; expected one of tgdpo"),
         (["--beta", "x"], "argument --beta: invalid float value: 'x'"),
         (["--beta", "0"], "--beta is 0.0; expected a number above 0"),
         (["--beta", "nan"], "--beta is nan"),
@@ -94,7 +94,7 @@ def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
     "text, message",
     [
         ("alpa: 1", "unknown option --alpa=1; did you mean --alpha"),
-        ("loss: ipo", "invalid choice: 'ipo'"),
+        ("loss: ipo", "--loss is ipo; expected one of tgdpo"),
         ("beta: [1]", "maps option names"),
         ("- beta", "maps option names"),
         ("beta: 'x'", "invalid float value"),

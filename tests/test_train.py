@@ -16,6 +16,9 @@ import transformers
 import tgdpo
 from conftest import CHATML, eight_pairs, make_model, rows_of, word_tokenizer, write_rows
 
+sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
+import treg  # noqa: F401, it makes --loss treg known
+
 METRICS = [
     "loss",
     "grad_norm",
@@ -71,12 +74,16 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
                 phi = beta * (w.mean() - l.mean()) - gamma
                 scores = beta * w.mean().item(), beta * l.mean().item()
             else:
-                a = alpha if loss == "tgdpo" else 0.0
+                a = alpha if loss == "tgdpo" else 0.0  # of the guidance
                 phi = sum(beta * (1 + a * beta * (w1 - w0)) * (w - w0)) - sum(
                     beta * (1 - a * beta * (l1 - l0)) * (l - l0)
                 )
                 scores = beta * (w - w0).sum().item(), beta * (l - l0).sum().item()
             total = total - torch.nn.functional.logsigmoid(phi) / 8
+            if loss == "treg":
+                weight = 1 / (1 + math.exp(phi.item()))
+                raised = sum(beta * (w1 - w0) * (w - w0)) + sum(beta * (l1 - l0) * (l - l0))
+                total = total - alpha * weight * beta * raised / 8
             logged.append([*scores, w.sum().item(), l.sum().item()])
         optimizer.zero_grad()
         total.backward()
@@ -98,13 +105,13 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
     return rows
 
 
-@pytest.mark.parametrize("loss", ["dpo", "tgdpo", "simpo"])
+@pytest.mark.parametrize("loss", ["dpo", "tgdpo", "simpo", "treg"])
 @pytest.mark.parametrize("size", [8, 3, 1])
 def test_the_curve_of_an_independent_trainer(bench, loss, size):
     """One batch of 8, and accumulated batches of 3 (3 + 3 + 2) and 1, step by step against plain_training."""
     got, _ = bench.train(
         loss=loss,
-        reward_model=bench.reward_model if loss == "tgdpo" else None,
+        reward_model=bench.reward_model if loss in tgdpo.GUIDED else None,
         num_train_epochs=12,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=math.ceil(8 / size),
