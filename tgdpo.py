@@ -1517,7 +1517,7 @@ def tiny_report(options, tokenizer, found, prompts, known):
 
 
 def credit(values, worth):
-    """Token rewards and the true ones, (M,) each -> (correlation, AUC), which is P(value of a good token > of a bad)."""
+    """Token rewards and the true ones, (M,) each -> (correlation, AUC: P(value of a good token > that of a bad))."""
     good, bad = values[worth > 0], values[worth < 0].sort().values
     below = torch.searchsorted(bad, good) + torch.searchsorted(bad, good, right=True)      # equal ones count half
     return torch.corrcoef(torch.stack([values, worth]))[0, 1].item(), (below / 2).mean().item() / max(1, len(bad))

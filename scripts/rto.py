@@ -395,10 +395,26 @@ def run_tiny(options, base):
     tgdpo.tiny_report(base, tokenizer, found | {"rto": options.output_dir}, prompts, known=True)
 
 
-def main(argv):
-    """The command line -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off."""
+def command(work):
+    """Run what a companion does -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off; 130 for
+    Ctrl-C; each but 0 with one line that says why."""
     tgdpo.quiet()
     try:
+        work()
+        return 0
+    except InputError as e:
+        status, text = 2, f"error: {e}"
+    except FloatingPointError as e:
+        status, text = 1, f"stopped: {e}"
+    except KeyboardInterrupt:
+        status, text = 130, "interrupted"
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    return status
+
+
+def main(argv):
+    """The command line -> exit status."""
+    def work():
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError(f"{os.environ['WORLD_SIZE']} processes; expected one: start rto.py without torchrun")
         options, base = read_options(argv)
@@ -407,11 +423,8 @@ def main(argv):
             run(options, *read_prompts(options))
         else:
             run_tiny(options, base)
-    except (InputError, FloatingPointError) as e:
-        print(f"rto.py: error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, InputError) else 1
-    print(f"done: {options.output_dir}")
-    return 0
+        print(f"done: {options.output_dir}")
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -127,20 +127,6 @@ def write_rewards(file, rows, pairs, columns, tokenizer):
           + f"; {cut} responses are longer than --max_length, their last tokens have reward 0" * bool(cut))
 
 
-def command(work):
-    """Run a companion's work() as tgdpo.py runs its own -> exit status; an InputError becomes one line."""
-    tgdpo.quiet()
-    try:
-        work()
-        return 0
-    except InputError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        return 130
-
-
 def main(argv):
     """Write a data set with token rewards -> exit status."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -157,9 +143,10 @@ def main(argv):
         check_output(mine.output)
         if not (options.model_name_or_path and options.reward_model):
             raise InputError("--model_name_or_path or --reward_model is missing; expected both")
-        if not 0 < mine.keep <= 1 or (mine.centre and mine.source != "log_ratio"):
-            raise InputError(f"--keep is {mine.keep:g}; expected a share above 0 and at most 1" if not 0 < mine.keep <= 1
-                             else "--centre needs --source log_ratio: other sources have no mean under the reference")
+        if not 0 < mine.keep <= 1:
+            raise InputError(f"--keep is {mine.keep:g}; expected a share above 0 and at most 1")
+        if mine.centre and mine.source != "log_ratio":
+            raise InputError("--centre needs --source log_ratio: other sources have no mean under the reference")
         rows = tgdpo.load_rows(options.dataset, options.dataset_split)
         tokenizer, pairs, _ = tgdpo.read_data(options)
         reference = options.ref_model or options.model_name_or_path
@@ -172,7 +159,7 @@ def main(argv):
             columns = centre(columns, reference_means(options.reward_model, reference, pairs, options))
         columns = keep(columns, mine.keep)
         write_rewards(mine.output, rows, pairs, scale(columns) if mine.scale else columns, tokenizer)
-    return command(work)
+    return rto.command(work)
 
 
 if __name__ == "__main__":

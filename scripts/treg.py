@@ -4,12 +4,13 @@ in which they stand beside DPO's as a regulariser.
 
     python scripts/treg.py annotate --model_name_or_path MODEL --dataset pairs.jsonl --output rewarded.jsonl
     python scripts/treg.py train --model_name_or_path MODEL --dataset rewarded.jsonl --alpha 0.25      T-REG
-    python tgdpo.py --model_name_or_path MODEL --dataset rewarded.jsonl                 TGDPO with the same token rewards
+    python tgdpo.py --model_name_or_path MODEL --dataset rewarded.jsonl               TGDPO with the same token rewards
     python scripts/treg.py tiny --output_dir DIR          all of it from nothing, on the tiny language of tgdpo.py
 
 `train` is tgdpo.py with another loss: its options, its files, torchrun. Without chosen_rewards and rejected_rewards in
 the data, its token rewards are a DPO model's, as TGDPO's are. `annotate` takes tgdpo.py's options for model and data.
-The paper's code was not at hand: the two instructions are our wording, and what is detached in the loss is our choice.
+The paper's alphas are 0.1, 0.25 (the default of `tiny`) and 0.5, say paper notes (derivation.md, section 9). Its code was
+not at hand: the two instructions are our wording, and what is detached in the loss is our choice.
 """
 import argparse
 import random
@@ -25,7 +26,8 @@ import torch.nn.functional as F
 
 import tgdpo
 from tgdpo import InputError
-from token_rewards import check_output, command, write_rewards
+from rto import command
+from token_rewards import check_output, write_rewards
 
 # Behind the prompt, since what is too long loses its left end.
 BETTER = "{prompt}\n\nYour answer must be helpful, correct, coherent and concise."
@@ -38,7 +40,7 @@ def treg_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
     """T-REG's loss of B pairs, with the arguments and the results of tgdpo.tgdpo_loss; its weight w and r̂ get no
     gradient. Source: paper notes (derivation.md, section 9).
 
-    ℓ stands in for log π, from which it differs by a constant: the gradient is the same, and the loss is ln 2 at the start.
+    ℓ stands in for log π, from which it differs by a constant: the same gradient, and a loss of ln 2 at the start.
     """
     chosen_ratios = policy_chosen_logps - ref_chosen_logps                              # ℓ_t of y_w, (B, T)
     rejected_ratios = policy_rejected_logps - ref_rejected_logps                        # ℓ_t of y_l, (B, T)
@@ -124,7 +126,7 @@ def prefixed_language_model(tokenizer, options, folder):
 
 def tiny(argv):
     """The command `tiny`: a language model, its pairs and its own token rewards; then DPO, T-REG and TGDPO."""
-    options = tgdpo.read_options(argv)
+    options = tgdpo.read_options(["--alpha=0.25", *argv])
     if options.model_name_or_path or options.dataset:
         raise InputError("tiny makes its own model and data; expected neither --model_name_or_path nor --dataset")
     folder = Path(options.output_dir)
@@ -140,7 +142,8 @@ def tiny(argv):
     columns = contrastive_rewards(str(start), rows, pairs, tokenizer, options, "good {prompt}", "bad {prompt}")
     truth = [tgdpo.tiny_truth(tokenizer, pairs["prompt_ids"], pairs[side]) for side in ("chosen_ids", "rejected_ids")]
     values = [torch.tensor([value for side in table for row in side for value in row]) for table in (columns, truth)]
-    print("the model's own token rewards and the true ones: correlation {:.3f}, AUC {:.3f}".format(*tgdpo.credit(*values)))
+    correlation, auc = tgdpo.credit(*values)
+    print(f"the model's own token rewards and the true ones: correlation {correlation:.3f}, AUC {auc:.3f}")
     pairs = tgdpo.add_columns(pairs, "rewards", columns)
     found = {}
     for loss in ("dpo", "treg", "tgdpo"):

@@ -1,0 +1,224 @@
+"""scripts/lab.py: the statistics by hand, and a study of a few points on a tiny world, killed and resumed."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import tgdpo
+
+sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
+
+import lab
+import rto
+
+
+def row(seed, kl, gain, **setting):
+    return dict(seed=seed, KL=kl, gain=gain, **lab.point("dpo", **setting))
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+def test_interval_by_hand():
+    """1, 2, 3, 4, 5: sd sqrt(2.5), so 2.776 * sqrt(2.5 / 5) = 1.963 around 3."""
+    mean, half = lab.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(1.963, abs=1e-3)
+    assert math.isnan(lab.interval([2.0])[1])
+
+
+def test_frontier_by_hand():
+    """(1, 2) and (4, 5) with a worse point between them: straight lines from (0, 0), then level."""
+    rows = [row(0, 4.0, 5.0), row(0, 2.0, 1.0), row(0, 1.0, 2.0), row(0, 8.0, 4.0)]
+    found = [lab.frontier(rows, kl) for kl in (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 9.0)]
+    assert found == pytest.approx([0.0, 1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
+    assert lab.frontier([row(0, 2.0, -3.0)], 4.0) == 0.0, "the reference itself is always there"
+
+
+def test_comparisons_are_paired_by_seed():
+    mine = [row(0, 2.0, 3.0), row(1, 2.0, 13.0), row(2, 2.0, 5.0)]
+    theirs = [row(1, 2.0, 12.0), row(0, 2.0, 1.0)]
+    mean, half = lab.difference(mine, theirs, "gain")
+    assert mean == 1.5 and half == pytest.approx(12.71 * math.sqrt(0.5) / math.sqrt(2))
+    assert lab.difference(mine[:1], theirs, "gain") is None
+    assert lab.compare(mine, theirs, 2.0) is None, "not the same seeds"
+    assert lab.compare(mine[:2], theirs, 1.0)[0] == pytest.approx(0.75)
+    assert lab.compare(mine[:2], theirs, 2.5) is None, "nobody has been there"
+    assert lab.say((1.0, 0.5)).endswith("(more)") and lab.say((-1.0, 0.5)).endswith("(less)")
+    assert lab.say((0.3, 0.5)).endswith("(not shown to differ)")
+
+
+def test_no_setting_is_listed_twice_and_every_one_has_a_name():
+    for quick, seeds in ((True, 2), (False, 5)):
+        keys = [lab.key_of(job) for job in lab.jobs_of(quick, seeds)]
+        assert len(keys) == len(set(keys))
+        names = [lab.name_of(p) + f" {p['rate']} {p['steps']}" for p in lab.study(quick)]
+        assert len(names) == len(set(names))
+    methods = {p["method"] for p in lab.study(False)}
+    assert methods == {"dpo", "simpo", "tgdpo", "treg", *lab.ON_POLICY}
+
+
+# ------------------------------------------------------------------------------------------------------- a small study
+POINTS = [
+    lab.point("dpo", steps=3),
+    lab.point("tgdpo", "dpo", alpha=0.5, steps=3),
+    lab.point("tgdpo", "truth scaled", alpha=0.2, steps=3),
+    lab.point("treg", "contrastive", alpha=0.5, steps=3),
+    lab.point("ppo", beta=0.0, steps=0),
+]
+SIZE = dict(seeds=2, rto_marks=(1, 2), prompts=20)
+
+
+class Here:
+    """Stands in for the pool of processes: the same work, in this one, where the sizes are patched."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, work, *job):
+        future = lab_future()
+        future.set_result(work(*job))
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
+def lab_future():
+    from concurrent.futures import Future
+
+    return Future()
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    """A finished study; its worlds have 60 pairs."""
+    patch = pytest.MonkeyPatch()
+    for module, name, value in (
+        (tgdpo, "TINY_STEPS", 30),
+        (tgdpo, "TINY_PAIRS", 60),
+        (rto, "BT_STEPS", 3),
+        (lab, "QUICK", SIZE),
+        (lab, "study", lambda quick: POINTS),
+        (lab, "ProcessPoolExecutor", Here),
+        (lab.tgdpo, "TINY", tgdpo.TINY | dict(num_train_epochs=1.0)),
+        (rto, "TINY", rto.TINY | dict(rollouts=16, minibatches=2)),
+    ):
+        patch.setattr(module, name, value)
+    patch.setattr(sys, "stdout", sys.stdout)  # work() silences it
+    patch.setenv("TQDM_DISABLE", "1")
+    folder = tmp_path_factory.mktemp("lab") / "study"
+    lab.run_study(folder, True, 1)
+    yield folder
+    patch.undo()
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_study_judges_every_point_in_every_world(study_folder):
+    rows = rows_of(study_folder)
+    assert {lab.key_of(r) for r in rows} == {lab.key_of(job) for job in lab.jobs_of(True, 2)}
+    trained = [r for r in rows if r["method"] != "source"]
+    assert len(trained) == 2 * (4 + 2), "ppo is judged after both numbers of steps"
+    for r in trained:
+        assert {"reward", "gain", "KL", "entropy", "length", "off support", "wins over reference", "seconds"} <= set(r)
+        assert 0 <= r["off support"] <= 1 and 1 <= r["length"] <= 32
+    guided = [r for r in trained if r["method"] == "tgdpo"]
+    assert all(r["f min"] < 1 < r["f max"] for r in guided)
+    sources = {r["source"]: r for r in rows if r["method"] == "source" and r["seed"] == 0}
+    assert sources["truth"]["AUC"] == 1 and sources["truth"]["correlation"] == pytest.approx(1)
+    assert sources["truth"]["share on what matters"] == 1 > sources["dpo"]["share on what matters"]
+
+
+def test_a_point_is_what_tgdpo_py_trains(study_folder, tmp_path):
+    """Judged with one policy by both: the lab's steps give the weights of tgdpo.train, told by the KL of the row."""
+    world = study_folder / "worlds" / "0"
+    w = lab.load_world(world, 0, SIZE["prompts"])
+    options = lab.replace(w.options, loss="tgdpo", alpha=0.5, max_steps=3, output_dir=str(tmp_path / "run"))
+    pairs = tgdpo.add_columns(w.pairs, "rewards", lab.source_columns(w, "dpo"))
+    tgdpo.train(options, pairs, w.tokenizer, {})
+    again = lab.judge(w, tgdpo.load_model(str(tmp_path / "run"), w.options), 3)
+    row = next(r for r in rows_of(study_folder) if r["seed"] == 0 and r["method"] == "tgdpo" and r["source"] == "dpo")
+    for name in ("KL", "reward", "entropy", "length"):
+        assert again[name] == pytest.approx(row[name], abs=1e-4), name
+
+
+def test_judge_against_plain_transformers(study_folder):
+    """KL and entropy of drawn responses by full logits; the reference's own KL is 0."""
+    w = lab.load_world(study_folder / "worlds" / "1", 1, SIZE["prompts"])
+    assert lab.judge(w, w.reference, 0)["KL"] == 0
+    policy = tgdpo.load_model(str(w.folder / "dpo"), w.options)
+    found = lab.judge(w, policy, 7)
+    torch.manual_seed(1007)
+    drawn = tgdpo.generate(policy, w.prompts, w.tokenizer)
+    kl = entropy = 0.0
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        for path in (w.folder / "dpo", w.options.model_name_or_path)
+    ]
+    for prompt, ids in zip(w.prompts, drawn):
+        with torch.no_grad():
+            tables = [m(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for m in models]
+        mine, ref = [sum(t[len(prompt) - 1 + k, i].item() for k, i in enumerate(ids)) for t in tables]
+        kl, entropy = kl + (mine - ref) / len(drawn), entropy - mine / len(drawn)
+    assert found["KL"] == pytest.approx(kl, abs=1e-4) and found["entropy"] == pytest.approx(entropy, abs=1e-4)
+    totals = [
+        sum(tgdpo.tiny_rewards(w.tokenizer.decode([prompt[2]]), w.tokenizer.convert_ids_to_tokens(ids)))
+        for prompt, ids in zip(w.prompts, drawn)
+    ]
+    assert found["reward"] == pytest.approx(sum(totals) / len(totals))
+
+
+def test_a_killed_study_goes_on_and_finished_points_stay(study_folder, capsys):
+    file = study_folder / "results.jsonl"
+    before = file.read_text().splitlines(keepends=True)
+    last = json.loads(before[-1])
+    kept = [line for line in before if lab.key_of(json.loads(line)) != lab.key_of(last)]
+    file.write_text("".join(kept) + before[-1][:30])  # killed while it wrote
+    lab.run_study(study_folder, True, 1)
+    after = file.read_text().splitlines(keepends=True)
+    assert after[: len(kept)] == kept
+    timeless = lambda lines: sorted(json.dumps(json.loads(line) | {"seconds": 0}) for line in lines)
+    assert timeless(after) == timeless(before), "the same numbers again"
+    settings = (study_folder / "study.json").read_text()
+    (study_folder / "study.json").write_text('{"quick": false}')
+    with pytest.raises(tgdpo.InputError, match="holds another study"):
+        lab.run_study(study_folder, True, 1)
+    (study_folder / "study.json").write_text(settings)
+
+
+def test_report_writes_means_answers_and_figures(study_folder, capsys):
+    assert lab.main(["--report", str(study_folder)]) == 0
+    rows, table = rows_of(study_folder), list(csv.DictReader(open(study_folder / "summary.csv")))
+    some = [r for r in rows if r["method"] == "treg"]
+    line = next(r for r in table if r["method"] == "treg")
+    mean, half = lab.interval(r["KL"] for r in some)
+    assert float(line["KL"]) == pytest.approx(mean, rel=1e-3) and float(line["KL ±"]) == pytest.approx(half, rel=1e-3)
+    assert line["seeds"] == "2" and len(table) == len(lab.group(rows, *lab.SETTINGS))
+    text = (study_folder / "answers.txt").read_text()
+    assert [line[0] for line in text.splitlines() if line[0] != " "] == list("123456")
+    assert "T-REG, contrastive r̂ (1 settings)" in text and "truth scaled, AUC 1.00" in text
+    for name in ("frontier", "alpha", "credit", "maps"):
+        assert (study_folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "argv, found",
+    [(["--processes=0"], "--processes is 0; expected 1 or more"), (["--report=nowhere"], "nowhere holds no results.jsonl")],
+)
+def test_wrong_command_lines_get_one_line(argv, found, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert lab.main(argv) == 2
+    error = capsys.readouterr().err
+    assert found in error and error.count("\n") == 1
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("x")
+    assert lab.main([f"--output={tmp_path}"]) == 2
+    assert "is not empty and holds no study" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
