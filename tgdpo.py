@@ -710,11 +710,15 @@ def generate(model, prompts, tokenizer, title=None, new_tokens=NEW_TOKENS):
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     settings = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True, top_k=0,
                                              max_new_tokens=new_tokens)
+    published, model.generation_config = model.generation_config, settings   # else its temperature and the like count
     responses = []
-    for start in tqdm(range(0, len(prompts), 256), desc=title, disable=title is None or None):
-        batch = tokenizer.pad({"input_ids": prompts[start:start + 256]}, padding_side="left", return_tensors="pt")
-        drawn = model.generate(**batch.to(model.device), generation_config=settings)[:, batch["input_ids"].shape[1]:]
-        responses += [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
+    try:
+        for start in tqdm(range(0, len(prompts), 256), desc=title, disable=title is None or None):
+            batch = tokenizer.pad({"input_ids": prompts[start:start + 256]}, padding_side="left", return_tensors="pt")
+            drawn = model.generate(**batch.to(model.device))[:, batch["input_ids"].shape[1]:]
+            responses += [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
+    finally:
+        model.generation_config = published
     return responses
 
 

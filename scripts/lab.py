@@ -6,12 +6,13 @@
     python scripts/lab.py --report FOLDER         only the summary, the answers and the figures, from its results.jsonl
 
 On the tiny language of tgdpo.py the true reward of each token is known. For each seed a world is made: a language
-model, 4000 labelled pairs, models that give token rewards. Each point trains one policy in it and judges it after
-several numbers of steps. Points run in parallel processes; every finished one is a few rows of results.jsonl, and the
-same command goes on where it stopped. summary.csv has means and 95 % intervals over seeds; nothing tried is left out.
+model, 4000 labelled pairs, models that give token rewards. Each point trains one policy in it and judges that. Points
+run in parallel processes; every finished one is a row of results.jsonl (two of an on-policy method), and the same
+command goes on where it stopped. summary.csv has means and 95 % intervals over seeds; nothing tried is left out.
 """
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import get_context
@@ -40,11 +42,11 @@ import treg
 from tgdpo import InputError
 
 T_97_5 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}   # by seeds
-KLS = (0.5, 1.0, 2.0, 4.0, 8.0)   # where frontiers are compared
+KLS = (1.0, 2.0, 4.0, 8.0, 16.0)   # where frontiers are compared
 SETTINGS = ("method", "source", "beta", "alpha", "floor", "rate", "steps")   # of a point; the seed comes beside
 ON_POLICY = ("rto", "rto end", "ppo")
 EPOCHS_2 = 250   # optimizer steps: two passes over the pairs, as in the tiny mode
-FULL = dict(seeds=5, rto_marks=(10, 20, 40), prompts=500)
+FULL = dict(seeds=5, rto_marks=(10, 30), prompts=500)
 QUICK = dict(seeds=2, rto_marks=(10,), prompts=200)
 
 
@@ -57,38 +59,40 @@ def point(method, source="", beta=0.5, alpha=0.0, floor=None, rate=3e-4, steps=E
 
 def study(quick):
     """All settings, in the order in which they are run."""
-    on_policy = [point("rto", "dpo", beta, steps=0) for beta in (0.25, 0.5, 1.0)]
+    on_policy = [point("rto", "dpo", beta, steps=0) for beta in (0.25, 0.5)]
     on_policy += [point("rto end", "dpo", 0.5, steps=0), point("ppo", beta=0.0, steps=0)]
     if quick:
         points = [point("dpo", beta=beta, steps=60) for beta in (0.25, 0.5, 1.0)]
         points += [point("tgdpo", "dpo", alpha=alpha, steps=60) for alpha in (0.05, 0.5)]
         points += [point("tgdpo", "truth", alpha=0.5, steps=60), point("treg", "contrastive", alpha=0.25, steps=60)]
         return points + on_policy[1:2]
-    points = [point("dpo", beta=beta) for beta in (0.125, 0.25, 0.5, 1.0, 2.0)]
-    points += [point("simpo", beta=beta) for beta in (1.0, 2.0, 5.0)]
-    # the paper's guidance: alpha, then beta, then the number of steps, each a run with a schedule of its own
-    points += [point("tgdpo", "dpo", alpha=alpha) for alpha in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)]
-    points += [point("tgdpo", "truth", alpha=alpha) for alpha in (0.05, 0.1, 0.25, 0.5, 1.0)]
-    points += [point("tgdpo", *more) for more in (("dpo", 0.25, 0.05), ("dpo", 1.0, 0.05), ("dpo", 2.0, 0.05),
-                                                 ("truth", 0.25, 0.5), ("truth", 1.0, 0.5), ("truth", 2.0, 0.5))]
+    points = [point("dpo", beta=beta) for beta in (0.25, 0.5, 1.0, 2.0)]
+    points += [point("simpo", beta=beta, rate=rate)
+               for beta, rate in ((2.0, 3e-4), (2.0, 1e-4), (2.0, 3e-5), (10.0, 3e-5))]
+    # the paper's guidance: alpha, beta, the number of steps (each a run with a schedule of its own), the learning rate
+    points += [point("tgdpo", "dpo", alpha=alpha) for alpha in (0.02, 0.05, 0.2, 0.5)]
+    points += [point("tgdpo", "truth", alpha=alpha) for alpha in (0.25, 0.5, 1.0)]
+    points += [point("tgdpo", source, beta, alpha) for source, alpha in (("dpo", 0.05), ("truth", 0.5))
+               for beta in (1.0, 2.0)]
     for steps in (60, 125, 500):
         points += [point("dpo", steps=steps), point("simpo", beta=2.0, steps=steps)]
-        points += [point("tgdpo", "dpo", alpha=alpha, steps=steps) for alpha in (0.05, 0.2, 0.5)]
-        points += [point("tgdpo", "truth", alpha=alpha, steps=steps) for alpha in (0.25, 1.0)]
-    for slower in (dict(rate=1e-4, steps=60), dict(rate=1e-4)):   # a third of the learning rate
-        points += [point("dpo", **slower), point("tgdpo", "dpo", alpha=0.05, **slower),
-                   point("tgdpo", "truth", alpha=0.5, **slower)]
+        points += [point("tgdpo", "dpo", alpha=0.05, steps=steps), point("tgdpo", "truth", alpha=0.25, steps=steps)]
+    points += [point("tgdpo", *more, steps=steps) for steps in (60, 125)
+               for more in (("dpo", 0.5, 0.2), ("dpo", 0.5, 0.5), ("truth", 0.5, 1.0))]
+    points += [point("dpo", rate=1e-4), point("tgdpo", "dpo", alpha=0.05, rate=1e-4),
+               point("tgdpo", "truth", alpha=0.5, rate=1e-4)]
     # steadier guidance
-    points += [point("tgdpo", source, alpha=alpha) for source in ("dpo centred", "dpo large")
-               for alpha in (0.05, 0.2, 0.5)]
-    points += [point("tgdpo", "dpo", alpha=alpha, floor=0.1) for alpha in (0.2, 0.5)]
-    # sources, all scaled to a root mean square of 1
-    scaled = ("truth", "noise25", "noise50", "dpo", "early", "simpo", "contrastive", "classifier")
-    points += [point("tgdpo", f"{source} scaled", alpha=alpha) for source in scaled for alpha in (0.05, 0.2)]
+    points += [point("tgdpo", "dpo centred", alpha=alpha) for alpha in (0.05, 0.2, 0.5)]
+    points += [point("tgdpo", "dpo large", alpha=alpha) for alpha in (0.05, 0.2)]
+    points += [point("tgdpo", "dpo", alpha=0.5, floor=0.1)]
+    # sources, all scaled to a root mean square of 1; of some of them other betas, for frontiers as wide as DPO's
+    for source in ("truth", "noise25", "noise50", "dpo", "early", "simpo", "contrastive", "classifier"):
+        points += [point("tgdpo", f"{source} scaled", alpha=alpha) for alpha in (0.05, 0.2)]
+    points += [point("tgdpo", source, beta, 0.2) for beta in (1.0, 2.0)
+               for source in ("dpo centred", "contrastive scaled", "classifier scaled")]
     # the other two uses
-    points += [point("treg", source, alpha=alpha) for source, alpha in (
-        ("dpo", 0.05), ("dpo", 0.2), ("truth", 0.25), ("truth", 0.5),
-        ("contrastive", 0.1), ("contrastive", 0.25), ("contrastive", 0.5))]
+    points += [point("treg", *more) for more in (("dpo", 0.5, 0.2), ("truth", 0.5, 0.5), ("contrastive", 0.5, 0.25),
+               ("contrastive", 0.5, 0.5), ("contrastive", 1.0, 0.5), ("contrastive", 2.0, 0.5))]
     return points + on_policy
 
 
@@ -134,7 +138,7 @@ def make_world(folder, seed):
     means = token_rewards.reference_means(str(folder / "dpo"), str(start), pairs, options)
     found["dpo centred"] = token_rewards.centre(found["dpo"], means)
     found["dpo large"] = token_rewards.keep(found["dpo"], 0.2)
-    for share in (10, 25, 50):
+    for share in (25, 50):
         rng = random.Random(share)
         found[f"noise{share}"] = [[[-value if rng.random() < share / 100 else value for value in row] for row in side]
                                   for side in found["truth"]]
@@ -196,7 +200,7 @@ def judge(w, policy, step):
 
 
 def train_on_pairs(w, setting):
-    """A point of dpo, simpo, tgdpo or treg, by tgdpo.py's own steps -> rows."""
+    """A point of dpo, simpo, tgdpo or treg, by tgdpo.py's own steps -> a row."""
     options = replace(w.options, loss=setting["method"], beta=setting["beta"], alpha=setting["alpha"],
                       guidance_floor=setting["floor"], learning_rate=setting["rate"], max_steps=setting["steps"])
     pairs, facts, began = w.pairs, {}, time.perf_counter()
@@ -219,7 +223,7 @@ def train_on_pairs(w, setting):
         optimizer.zero_grad()
         losses.append(fmean(table["loss"]))
     seconds = time.perf_counter() - began
-    return [{"loss": fmean(losses[-20:]), "seconds": seconds} | judge(w, model, steps) | facts]
+    return {"loss": fmean(losses[-20:]), "seconds": seconds} | judge(w, model, steps) | facts
 
 
 def train_on_policy(w, setting, marks):
@@ -243,18 +247,19 @@ def work(folder, job, size):
     """One job in a process of its own: a world, or a point in one -> rows of results.jsonl."""
     tgdpo.quiet()
     torch.set_num_threads(1)   # the models are small: two processes do more than two threads
-    os.environ["TQDM_DISABLE"] = "1"
-    sys.stdout = open(os.devnull, "w")
     seed, world = job["seed"], Path(folder) / "worlds" / str(job["seed"])
-    if "method" not in job:
-        make_world(world, seed)
-        return []
-    w = load_world(world, seed, size["prompts"])
-    if job["method"] == "source":
-        return [job | source_credit(w, job["source"])]
-    if job["method"] in ON_POLICY:
-        return [job | row for row in train_on_policy(w, job, size["rto_marks"])]
-    return [job | row for row in train_on_pairs(w, job)]
+    with redirect_stdout(io.StringIO()):
+        if "method" not in job:
+            make_world(world, seed)
+            return []
+        w = load_world(world, seed, size["prompts"])
+        if job["method"] == "source":
+            rows = [source_credit(w, job["source"])]
+        elif job["method"] in ON_POLICY:
+            rows = train_on_policy(w, job, size["rto_marks"])
+        else:
+            rows = [train_on_pairs(w, job)]
+    return [job | row for row in rows]
 
 
 def source_credit(w, name):
@@ -311,6 +316,7 @@ def run_study(folder, quick, processes):
     left = [job for job in jobs_of(quick, size["seeds"]) if key_of(job) not in done]
     worlds = [{"seed": seed} for seed in sorted({job["seed"] for job in left})]
     bar = tqdm(total=len(worlds) + len(left), desc="lab", disable=None)
+    os.environ["TQDM_DISABLE"] = "1"   # for the processes to come; this one's bar is there already
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))   # processes run one job after the other
     try:
         with bar, open(file, "a") as log:
@@ -359,25 +365,30 @@ def difference(mine, theirs, quantity):
 
 
 def frontier(rows, kl):
-    """The most that a seed's rows gain at a KL of at most kl: the upper envelope of the points and (0, 0), from which
-    it begins, with straight lines between those that improve on all before them."""
-    last = (0.0, 0.0)
-    for at, gain in sorted((row["KL"], row["gain"]) for row in rows):
-        if gain <= last[1]:
-            continue
-        if at > kl:
+    """The most that a seed's rows gain at a KL of at most kl, with straight lines between those that gain more than all
+    of smaller KL; nan below the smallest KL that was tried and above the largest."""
+    points = sorted((row["KL"], row["gain"]) for row in rows)
+    if not points[0][0] <= kl <= points[-1][0]:
+        return math.nan
+    last = points[0]
+    for at, gain in points[1:]:
+        if gain > last[1] and at > kl:
             return last[1] + (gain - last[1]) * (kl - last[0]) / (at - last[0])
-        last = (at, gain)
+        last = (at, gain) if gain > last[1] else last
     return last[1]
 
 
 def compare(mine, theirs, kl):
-    """Difference of two frontiers at a KL that both reach in every seed -> (mean, half of the interval), or None."""
-    sides = [{seed: rows for (seed,), rows in group(some, "seed").items()} for some in (mine, theirs)]
-    if len(sides[0]) < 2 or sides[0].keys() != sides[1].keys() or not all(
-            max(row["KL"] for row in rows) >= kl for side in sides for rows in side.values()):
-        return None
-    return interval(frontier(sides[0][seed], kl) - frontier(sides[1][seed], kl) for seed in sorted(sides[0]))
+    """Difference of two frontiers at a KL, seed by seed -> (mean, half of the interval), or None if one lacks it."""
+    sides = [{seed: frontier(rows, kl) for (seed,), rows in group(some, "seed").items()} for some in (mine, theirs)]
+    found = [sides[0][seed] - sides[1].get(seed, math.nan) for seed in sorted(sides[0])]
+    return interval(found) if len(found) > 1 and not any(map(math.isnan, found)) else None
+
+
+def at_equal_kl(mine, theirs, kl):
+    """The most reward up to a KL, mean over seeds, and how it compares, in words."""
+    found = fmean(frontier(rows, kl) for rows in group(mine, "seed").values())
+    return f"KL {kl:g}: {found:.2f}" + f", {say(compare(mine, theirs, kl))}" * (mine is not theirs)
 
 
 def say(found):
@@ -423,9 +434,9 @@ def answers(rows):
     dpo, tgdpo_ = pick(usual, method="dpo", beta=0.5), pick(usual, method="tgdpo", beta=0.5)
     middle = dict(steps=usual_length(rows))
     text = ["1. Does a larger alpha converge faster, to the same place? TGDPO less DPO, both at beta 0.5:"]
-    for (source, alpha), some in group(pick(tgdpo_, source=("dpo", "truth")), "source", "alpha").items():
-        for (steps,), at in sorted(group(some, "steps").items()):
-            text.append(f"   r̂ {source}, alpha {alpha:g}, {steps} steps: {both(at, pick(dpo, steps=steps))}")
+    for (source, alpha, steps), some in sorted(
+            group(pick(tgdpo_, source=("dpo", "truth")), "source", "alpha", "steps").items()):
+        text.append(f"   r̂ {source}, alpha {alpha:g}, {steps} steps: {both(some, pick(dpo, steps=steps))}")
     text.append("2. Trained on, does it keep what DPO and SimPO lose? The longest run less the best length's:")
     for _, some in group(pick(usual, method=("dpo", "simpo", "tgdpo")), *SETTINGS[:-1]).items():
         lengths = {steps: at for (steps,), at in group(some, "steps").items()}
@@ -441,12 +452,12 @@ def answers(rows):
     for (source, alpha), some in group(scaled, "source", "alpha").items():
         auc = credit[source.removesuffix(" scaled")]
         text.append(f"   {source}, AUC {auc:.2f}, alpha {alpha:g}: {both(some, pick(dpo, **middle))}")
-    text.append("4. Is it ahead at equal KL? The best of all settings up to that KL, less DPO's:")
+    text.append("4. Is it ahead at equal KL? The most reward of all settings up to that KL, and that less DPO's:")
     every = families(rows)
     for name, some in every.items():
-        found = [(kl, compare(some, every["DPO"], kl)) for kl in KLS if name != "DPO"]
-        told = "; ".join(f"KL {kl:g}: {say(pair)}" for kl, pair in found if pair) or "no KL that both reach"
-        text += [f"   {name} ({len(group(some, *SETTINGS))} settings): {told}"] * (name != "DPO")
+        text.append(f"   {name} ({len(group(some, *SETTINGS))} settings): "
+                    + ("; ".join(at_equal_kl(some, every["DPO"], kl) for kl in KLS if compare(some, some, kl))
+                       or "no KL that all seeds reach"))
     text.append("5. Is steadier guidance better than raw r̂? TGDPO less TGDPO with raw r̂ at the same alpha:")
     raw = pick(tgdpo_, source="dpo", **middle)
     for _, some in group(pick(rows, method="tgdpo", source=("dpo centred", "dpo large"), **middle), *SETTINGS).items():
@@ -460,7 +471,7 @@ def answers(rows):
     dense = pick(rows, method="rto", beta=0.5)
     for (method, steps), some in group(pick(rows, method=("rto end", "ppo")), "method", "steps").items():
         text.append(f"   rto β1 0.5 less {method}, {steps} steps: {both(pick(dense, steps=steps), some)}")
-    return text
+    return [line for line in text if "not measured" not in line]   # settings that one seed alone has tried
 
 
 def write_summary(rows, file):
@@ -485,7 +496,7 @@ SHOWN = ("DPO", "SimPO", "TGDPO, r̂ of the DPO model", "TGDPO, contrastive r̂"
 def figure_frontier(plt, rows, file):
     """Reward against KL: points are settings (means over seeds), lines the frontiers, bands their intervals."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    every = families(rows)
+    every, top = families(rows), 1.0
     for colour, name in zip(COLOURS, SHOWN):
         if name not in every:
             continue
@@ -493,16 +504,17 @@ def figure_frontier(plt, rows, file):
                  for some in group(every[name], *SETTINGS).values()]
         axes.scatter(*zip(*means), s=10, color=colour, alpha=0.6, linewidths=0)
         seeds = list(group(every[name], "seed").values())
-        top = min(max(row["KL"] for row in some) for some in seeds)
-        kls = [0.1 * (top / 0.1) ** (i / 80) for i in range(81)] if top > 0.1 else []
+        ends = [reach(reach_of(row["KL"] for row in some) for some in seeds) for reach, reach_of in
+                ((max, min), (min, max))]   # the KLs that every seed has
+        kls = [ends[0] * (ends[1] / ends[0]) ** (i / 80) for i in range(81)] if ends[0] < ends[1] else []
         lines = [interval(frontier(some, kl) for some in seeds) for kl in kls]
+        top = max([top] + [mean for mean, _ in lines])
         axes.plot(kls, [mean for mean, _ in lines], color=colour, label=name)
         axes.fill_between(kls, *([mean + sign * half for mean, half in lines] for sign in (-1, 1)), color=colour,
                           alpha=0.12, linewidth=0)
     axes.set(xscale="log", xlabel="KL to the reference (nats a response)", ylabel="true reward above the reference's",
              title="The most reward up to a KL, over all settings; bands: 95 % intervals over seeds")
-    axes.set_xlim(left=0.1)
-    axes.set_ylim(bottom=-1.5)
+    axes.set_ylim(-2, 1.3 * top)
     axes.legend(fontsize=8)
     save(plt, figure, file)
 

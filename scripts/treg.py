@@ -47,7 +47,7 @@ def treg_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
     phi = beta * chosen_ratios.sum(-1) - beta * rejected_ratios.sum(-1)                 # φ_DPO, (B,)
     weight = torch.sigmoid(-phi).detach()                                               # w, (B,)
     # (9a)  L = -log σ(φ_DPO) - α w Σ_t β r̂_t log π(y_t|s_t), over both responses, w = σ(-φ_DPO)
-    raised = (chosen_rewards * chosen_ratios).sum(-1) + (rejected_rewards * rejected_ratios).sum(-1)
+    raised = (chosen_rewards.detach() * chosen_ratios).sum(-1) + (rejected_rewards.detach() * rejected_ratios).sum(-1)
     losses = -F.logsigmoid(phi) - alpha * weight * beta * raised
     return losses, beta * chosen_ratios.sum(-1).detach(), beta * rejected_ratios.sum(-1).detach()
 

@@ -24,6 +24,10 @@ CHATML = (
 WORDS = "red green blue one two three cat dog sun moon yes no . ? , user assistant system".split()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "exercises(function): grades that function of TGDPO_UNDER_TEST, or of tgdpo.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads():
     torch.set_num_threads(1)

@@ -31,11 +31,11 @@ def test_interval_by_hand():
 
 
 def test_frontier_by_hand():
-    """(1, 2) and (4, 5) with a worse point between them: straight lines from (0, 0), then level."""
+    """(1, 2) and (4, 5) with a worse point between them: a straight line, then level; nothing beyond what was tried."""
     rows = [row(0, 4.0, 5.0), row(0, 2.0, 1.0), row(0, 1.0, 2.0), row(0, 8.0, 4.0)]
-    found = [lab.frontier(rows, kl) for kl in (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 9.0)]
-    assert found == pytest.approx([0.0, 1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
-    assert lab.frontier([row(0, 2.0, -3.0)], 4.0) == 0.0, "the reference itself is always there"
+    found = [lab.frontier(rows, kl) for kl in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)]
+    assert found == pytest.approx([2.0, 3.0, 4.0, 5.0, 5.0, 5.0])
+    assert math.isnan(lab.frontier(rows, 0.9)) and math.isnan(lab.frontier(rows, 8.1))
 
 
 def test_comparisons_are_paired_by_seed():
@@ -45,7 +45,7 @@ def test_comparisons_are_paired_by_seed():
     assert mean == 1.5 and half == pytest.approx(12.71 * math.sqrt(0.5) / math.sqrt(2))
     assert lab.difference(mine[:1], theirs, "gain") is None
     assert lab.compare(mine, theirs, 2.0) is None, "not the same seeds"
-    assert lab.compare(mine[:2], theirs, 1.0)[0] == pytest.approx(0.75)
+    assert lab.compare(mine[:2], theirs, 2.0) == pytest.approx((1.5, half))
     assert lab.compare(mine[:2], theirs, 2.5) is None, "nobody has been there"
     assert lab.say((1.0, 0.5)).endswith("(more)") and lab.say((-1.0, 0.5)).endswith("(less)")
     assert lab.say((0.3, 0.5)).endswith("(not shown to differ)")
@@ -108,7 +108,6 @@ def study_folder(tmp_path_factory):
         (rto, "TINY", rto.TINY | dict(rollouts=16, minibatches=2)),
     ):
         patch.setattr(module, name, value)
-    patch.setattr(sys, "stdout", sys.stdout)  # work() silences it
     patch.setenv("TQDM_DISABLE", "1")
     folder = tmp_path_factory.mktemp("lab") / "study"
     lab.run_study(folder, True, 1)
@@ -209,7 +208,10 @@ def test_report_writes_means_answers_and_figures(study_folder, capsys):
 
 @pytest.mark.parametrize(
     "argv, found",
-    [(["--processes=0"], "--processes is 0; expected 1 or more"), (["--report=nowhere"], "nowhere holds no results.jsonl")],
+    [
+        (["--processes=0"], "--processes is 0; expected 1 or more"),
+        (["--report=nowhere"], "nowhere holds no results.jsonl"),
+    ],
 )
 def test_wrong_command_lines_get_one_line(argv, found, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -60,6 +60,8 @@ def test_the_instruction_goes_into_the_last_user_turn_and_responses_keep_their_t
     wrapped = treg.wrap(turns, "sun {prompt} moon")
     assert wrapped[:3] == turns[:3] and wrapped[3] == dict(role="user", content="sun cat ? moon")
     assert turns[3]["content"] == "cat ?", "the pair itself is left alone"
+    tail = [dict(role="user", content="x"), dict(role="system", content="y")]
+    assert treg.wrap(tail, "a {prompt}") == [dict(role="user", content="a x"), tail[1]]
     assert treg.wrap([dict(role="system", content="x")], "a {prompt}") == [dict(role="system", content="a x")]
     rows = [
         dict(

@@ -109,6 +109,40 @@ def test_samples_of_prompts_of_unequal_length_do_not_depend_on_each_other(tmp_pa
     assert len({tuple(ids) for ids in together}) > 2
 
 
+def test_a_published_temperature_does_not_count_and_is_kept(tmp_path):
+    """Chat models come with a temperature and more; draws are at temperature 1 all the same, and the model keeps them."""
+    from conftest import make_model
+
+    tokenizer = tgdpo.tiny_tokenizer(None, 64)
+    path = make_model(tmp_path / "m", tokenizer=tokenizer, vocab_size=len(tokenizer), eos_token_id=2, scale=3.0)
+    model = tgdpo.read_model(path).eval()
+    torch.manual_seed(0)
+    plain = tgdpo.generate(model, [[4, 5]] * 20, tokenizer)
+    model.generation_config.update(do_sample=True, temperature=1e-4, top_p=0.1, repetition_penalty=5.0)
+    torch.manual_seed(0)
+    assert tgdpo.generate(model, [[4, 5]] * 20, tokenizer) == plain and len(set(map(tuple, plain))) > 5
+    assert model.generation_config.temperature == 1e-4
+
+
+def test_credit_by_brute_force():
+    """Correlation and AUC, equal values counted as half, tokens worth nothing not at all."""
+    values = [0.3, 0.1, 0.1, -0.2, 0.3, 0.0, 0.1]
+    worth = [1.0, 2.0, -1.0, -1.0, 0.0, 0.0, -2.0]
+    correlation, auc = tgdpo.credit(torch.tensor(values), torch.tensor(worth))
+    good, bad = [[v for v, w in zip(values, worth) if w * sign > 0] for sign in (1, -1)]
+    assert auc == pytest.approx(sum((a > b) + 0.5 * (a == b) for a in good for b in bad) / 6) == 5 / 6
+    mean = [sum(x) / 7 for x in (values, worth)]
+    products = [
+        sum((a - m) * (b - n) for a, b in zip(x, y))
+        for x, m, y, n in (
+            (values, mean[0], worth, mean[1]),
+            (values, mean[0], values, mean[0]),
+            (worth, mean[1], worth, mean[1]),
+        )
+    ]
+    assert correlation == pytest.approx(products[0] / (products[1] * products[2]) ** 0.5, abs=1e-5)
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(tgdpo, "TINY_STEPS", 60)
