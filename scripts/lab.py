@@ -42,7 +42,7 @@ import treg
 from tgdpo import InputError
 
 T_97_5 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}   # by seeds
-KLS = (1.0, 2.0, 4.0, 8.0, 16.0)   # where frontiers are compared
+KLS = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0)   # where frontiers are compared
 SETTINGS = ("method", "source", "beta", "alpha", "floor", "rate", "steps")   # of a point; the seed comes beside
 ON_POLICY = ("rto", "rto end", "ppo")
 EPOCHS_2 = 250   # optimizer steps: two passes over the pairs, as in the tiny mode
@@ -366,9 +366,9 @@ def difference(mine, theirs, quantity):
 
 def frontier(rows, kl):
     """The most that a seed's rows gain at a KL of at most kl, with straight lines between those that gain more than all
-    of smaller KL; nan below the smallest KL that was tried and above the largest."""
+    of smaller KL; nan below the smallest KL that was tried."""
     points = sorted((row["KL"], row["gain"]) for row in rows)
-    if not points[0][0] <= kl <= points[-1][0]:
+    if kl < points[0][0]:
         return math.nan
     last = points[0]
     for at, gain in points[1:]:
@@ -428,6 +428,12 @@ def both(mine, theirs):
     return f"reward {say(reward)}, KL {f'{kl[0]:+.2f} ± {kl[1]:.2f}' if kl else 'not measured'}"
 
 
+def complete(rows):
+    """The rows of settings that every seed has; others stand in summary.csv only."""
+    seeds = len({row["seed"] for row in rows})
+    return [row for some in group(rows, *SETTINGS).values() if len(some) == seeds for row in some]
+
+
 def answers(rows):
     """The questions of scripts/lab/README.md -> lines of text. Differences are paired by seed; ±: 95 % interval."""
     usual = pick(rows, rate=3e-4, floor=None)
@@ -446,32 +452,32 @@ def answers(rows):
             more = ", the longest" if best == last else f"; after {last}: {both(lengths[last], lengths[best])}"
             text.append(f"   {name_of(some[0])}: best after {best} steps{more}")
     text.append("3. Is it robust to the source of r̂? TGDPO with r̂ scaled to 1, less DPO:")
-    credit = {source: fmean(row["AUC"] for row in some) for (source,), some in
-              group(pick(rows, method="source"), "source").items()}
+    credit = {source: [fmean(row[name] for row in some) for name in ("AUC", "share on what matters")]
+              for (source,), some in group(pick(rows, method="source"), "source").items()}
     scaled = [row for row in pick(tgdpo_, **middle) if row["source"].endswith(" scaled")]
     for (source, alpha), some in group(scaled, "source", "alpha").items():
-        auc = credit[source.removesuffix(" scaled")]
-        text.append(f"   {source}, AUC {auc:.2f}, alpha {alpha:g}: {both(some, pick(dpo, **middle))}")
+        known = "AUC {:.2f}, {:.0%} on what matters".format(*credit[source.removesuffix(" scaled")])
+        text.append(f"   {source} ({known}), alpha {alpha:g}: {both(some, pick(dpo, **middle))}")
     text.append("4. Is it ahead at equal KL? The most reward of all settings up to that KL, and that less DPO's:")
     every = families(rows)
     for name, some in every.items():
         text.append(f"   {name} ({len(group(some, *SETTINGS))} settings): "
-                    + ("; ".join(at_equal_kl(some, every["DPO"], kl) for kl in KLS if compare(some, some, kl))
-                       or "no KL that all seeds reach"))
+                    + ("; ".join(at_equal_kl(some, every["DPO"], kl) for kl in KLS if compare(some, every["DPO"], kl))
+                       or "none that all seeds of both have"))
     text.append("5. Is steadier guidance better than raw r̂? TGDPO less TGDPO with raw r̂ at the same alpha:")
     raw = pick(tgdpo_, source="dpo", **middle)
-    for _, some in group(pick(rows, method="tgdpo", source=("dpo centred", "dpo large"), **middle), *SETTINGS).items():
+    for _, some in group(pick(tgdpo_, source=("dpo centred", "dpo large"), **middle), *SETTINGS).items():
         text.append(f"   {name_of(some[0])}: {both(some, pick(raw, alpha=some[0]['alpha']))}")
     for _, some in group([row for row in pick(rows, method="tgdpo") if row["floor"]], *SETTINGS).items():
         text.append(f"   {name_of(some[0])}: {both(some, pick(raw, alpha=some[0]['alpha']))}")
     text.append("6. T-REG less TGDPO at equal r̂ and alpha, and what RTO's token rewards bring:")
-    for (source, alpha), some in group(pick(rows, method="treg"), "source", "alpha").items():
+    for (source, alpha), some in group(pick(rows, method="treg", beta=0.5), "source", "alpha").items():
         if same := pick(tgdpo_, source=source, alpha=alpha, **middle):
             text.append(f"   r̂ {source}, alpha {alpha:g}: {both(some, same)}")
     dense = pick(rows, method="rto", beta=0.5)
     for (method, steps), some in group(pick(rows, method=("rto end", "ppo")), "method", "steps").items():
         text.append(f"   rto β1 0.5 less {method}, {steps} steps: {both(pick(dense, steps=steps), some)}")
-    return [line for line in text if "not measured" not in line]   # settings that one seed alone has tried
+    return text
 
 
 def write_summary(rows, file):
@@ -504,9 +510,8 @@ def figure_frontier(plt, rows, file):
                  for some in group(every[name], *SETTINGS).values()]
         axes.scatter(*zip(*means), s=10, color=colour, alpha=0.6, linewidths=0)
         seeds = list(group(every[name], "seed").values())
-        ends = [reach(reach_of(row["KL"] for row in some) for some in seeds) for reach, reach_of in
-                ((max, min), (min, max))]   # the KLs that every seed has
-        kls = [ends[0] * (ends[1] / ends[0]) ** (i / 80) for i in range(81)] if ends[0] < ends[1] else []
+        first = max(min(row["KL"] for row in some) for some in seeds)   # from here on every seed has a point
+        kls = [first * (max(KLS) / first) ** (i / 80) for i in range(81)] * (first < max(KLS))
         lines = [interval(frontier(some, kl) for some in seeds) for kl in kls]
         top = max([top] + [mean for mean, _ in lines])
         axes.plot(kls, [mean for mean, _ in lines], color=colour, label=name)
@@ -533,6 +538,8 @@ def figure_alpha(plt, rows, file):
                 means = [interval(row[name] for row in found) for _, found in at]
                 axes.errorbar([steps for (steps,), _ in at], *zip(*means), color=colour, label=title, capsize=3)
             axes.set(xscale="log", ylabel=label)
+            axes.minorticks_off()
+            axes.set_xticks(*[sorted({row["steps"] for row in pick(usual, method="dpo")})] * 2)
             axes.legend(fontsize=8)
         column[0].set_title("r̂ of the DPO model" if source == "dpo" else "true token rewards")
         column[1].set(xlabel="steps", yscale="log")
@@ -540,23 +547,26 @@ def figure_alpha(plt, rows, file):
 
 
 def figure_credit(plt, rows, file):
-    """How well a source knows the true rewards against what TGDPO makes of it, r̂ scaled to 1."""
-    credit = {source: fmean(row["AUC"] for row in some) for (source,), some in
-              group(pick(rows, method="source"), "source").items()}
+    """Two ways to say how well a source knows the true rewards, against what TGDPO makes of it, r̂ scaled to 1."""
+    credit = {source: some for (source,), some in group(pick(rows, method="source"), "source").items()}
     usual = pick(rows, rate=3e-4, beta=0.5, steps=usual_length(rows))
     dpo, scaled = pick(usual, method="dpo"), [row for row in usual if row["source"].endswith(" scaled")]
-    figure, pair = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, name, label in zip(pair, ("gain", "KL"), ("true reward less DPO's", "KL less DPO's")):
+    figure, pair = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axes, name, label in zip(pair, ("AUC", "share on what matters"), (
+            "AUC: good tokens above bad ones", "share of |r̂| on tokens that are worth something")):
         for colour, ((alpha,), some) in zip(("#0072B2", "#D55E00"), group(scaled, "alpha").items()):
-            found = {source.removesuffix(" scaled"): difference(at, dpo, name)
+            found = {source.removesuffix(" scaled"): difference(at, dpo, "gain")
                      for (source,), at in group(some, "source").items()}
-            axes.errorbar([credit[source] for source in found], *zip(*found.values()), fmt="o", color=colour, capsize=3,
-                          label=f"α {alpha:g}")
-            for source, (mean, _) in found.items():
-                axes.annotate(source, (credit[source], mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            places = [fmean(row[name] for row in credit[source]) for source in found]
+            axes.errorbar(places, *zip(*found.values()), fmt="o", color=colour, capsize=3, label=f"α {alpha:g}")
+            for x, (source, (mean, _)) in zip(places, found.items()):
+                if alpha == max(row["alpha"] for row in scaled):
+                    axes.annotate(source, (x, mean), fontsize=7, xytext=(-4, 4), textcoords="offset points", ha="right")
         axes.axhline(0, color="black", linewidth=0.5)
-        axes.set(xlabel="AUC of the token rewards against the truth", ylabel=label)
-        axes.legend(fontsize=8)
+        axes.set(xlabel=label)
+        axes.set_yscale("symlog", linthresh=2)
+    pair[0].set(ylabel="true reward, TGDPO less DPO")
+    pair[1].legend(fontsize=8)
     save(plt, figure, file)
 
 
@@ -594,7 +604,8 @@ def report(folder):
     if not rows:
         raise InputError(f"{folder} holds no results.jsonl; expected the --output of a study")
     write_summary(rows, folder / "summary.csv")
-    text = "\n".join(answers(rows))
+    everywhere = complete(rows)
+    text = "\n".join(answers(everywhere))
     tgdpo.write(folder / "answers.txt", text + "\n")
     print(text)
     try:
@@ -603,9 +614,9 @@ def report(folder):
         return print("figures need matplotlib: pip install matplotlib, then --report")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure_frontier(plt, [row for row in rows if row["method"] != "source"], folder / "frontier.png")
-    figure_alpha(plt, rows, folder / "alpha.png")
-    figure_credit(plt, rows, folder / "credit.png")
+    figure_frontier(plt, everywhere, folder / "frontier.png")
+    figure_alpha(plt, everywhere, folder / "alpha.png")
+    figure_credit(plt, everywhere, folder / "credit.png")
     if (folder / "worlds" / "0").is_dir():
         figure_maps(plt, folder, folder / "maps.png")
     print(f"written: {folder}/summary.csv, answers.txt and {len(list(folder.glob('*.png')))} figures")

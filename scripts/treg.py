@@ -9,8 +9,8 @@ in which they stand beside DPO's as a regulariser.
 
 `train` is tgdpo.py with another loss: its options, its files, torchrun. Without chosen_rewards and rejected_rewards in
 the data, its token rewards are a DPO model's, as TGDPO's are. `annotate` takes tgdpo.py's options for model and data.
-The paper's alphas are 0.1, 0.25 (the default of `tiny`) and 0.5, say paper notes (derivation.md, section 9). Its code was
-not at hand: the two instructions are our wording, and what is detached in the loss is our choice.
+The paper's alphas are 0.1, 0.25 (the default of `tiny`) and 0.5, say paper notes (derivation.md, section 9). Its code
+was not at hand: the two instructions are our wording, and what is detached in the loss is our choice.
 """
 import argparse
 import random
