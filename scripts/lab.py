@@ -476,7 +476,8 @@ def answers(rows):
             text.append(f"   r̂ {source}, alpha {alpha:g}: {both(some, same)}")
     dense = pick(rows, method="rto", beta=0.5)
     for (method, steps), some in group(pick(rows, method=("rto end", "ppo")), "method", "steps").items():
-        text.append(f"   rto β1 0.5 less {method}, {steps} steps: {both(pick(dense, steps=steps), some)}")
+        if same := pick(dense, steps=steps):
+            text.append(f"   rto β1 0.5 less {method}, {steps} steps: {both(same, some)}")
     return text
 
 
