@@ -46,8 +46,8 @@ KLS = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0)   # where frontiers are compared
 SETTINGS = ("method", "source", "beta", "alpha", "floor", "rate", "steps")   # of a point; the seed comes beside
 ON_POLICY = ("rto", "rto end", "ppo")
 EPOCHS_2 = 250   # optimizer steps: two passes over the pairs, as in the tiny mode
-FULL = dict(seeds=5, rto_marks=(10, 30), prompts=500)
-QUICK = dict(seeds=2, rto_marks=(10,), prompts=200)
+FULL = dict(quick=False, seeds=5, rto_marks=(10, 30), prompts=500)
+QUICK = dict(quick=True, seeds=2, rto_marks=(10,), prompts=200)
 
 
 # ---------------------------------------------------------------------------------------------------------- the study
@@ -112,31 +112,34 @@ def world_options(folder, seed):
         device="cpu", dtype="float32", cache_dir=str(folder / "cache"), output_dir=str(folder)))
 
 
-def make_world(folder, seed):
-    """Everything that the points of a seed share; a finished world is kept."""
+def make_world(folder, seed, quick):
+    """Everything that the points of a seed share, as far as the study needs it; a finished world is kept."""
     if (folder / "sources").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
     options, tokenizer = world_options(folder, seed), tgdpo.tiny_tokenizer(None, 256)
-    start = Path(options.model_name_or_path)
-    treg.prefixed_language_model(tokenizer, options, start)
+    start, wanted = options.model_name_or_path, {p["source"].removesuffix(" scaled") for p in study(quick)}
+    treg.prefixed_language_model(tokenizer, options, Path(start))
     tgdpo.tiny_pairs(start, tokenizer, options, folder / "pairs.jsonl")
     rows = tgdpo.load_rows(options.dataset, None)
     pairs, counts = tgdpo.tokenize(rows, tokenizer, options.max_length, options.dataset)
+    names, found = ("prompt_ids", "chosen_ids", "rejected_ids"), {}
     for name, changes in (("dpo", {"loss": "dpo"}), ("early", {"loss": "dpo", "num_train_epochs": 0.25}),
                           ("simpo", {"loss": "simpo", "beta": 2.0})):
-        tgdpo.run(replace(options, output_dir=str(folder / name), **changes), tokenizer, pairs, counts)
-    for kind in ("token", "sequence"):
-        rto.train_reward_model(kind, str(start), pairs, options, folder / kind)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    found = {name: token_rewards.log_ratio(str(folder / name), str(start), pairs, options)
-             for name in ("dpo", "early", "simpo")}
-    found["contrastive"] = treg.contrastive_rewards(str(start), rows, pairs, tokenizer, options,
-                                                    "good {prompt}", "bad {prompt}")
-    found["classifier"] = token_rewards.classifier(str(folder / "token"), pairs, options)
+        if name in wanted | {"dpo"}:   # to which all are compared
+            tgdpo.run(replace(options, output_dir=str(folder / name), **changes), tokenizer, pairs, counts)
+            found[name] = token_rewards.log_ratio(str(folder / name), start, pairs, options)
+    if "classifier" in wanted:
+        rto.train_reward_model("token", start, pairs, options, folder / "token")
+        found["classifier"] = token_rewards.classifier(str(folder / "token"), pairs, options)
+    if "ppo" in {p["method"] for p in study(quick)}:
+        rto.train_reward_model("sequence", start, pairs, options, folder / "sequence")
+    prompts = "good {prompt}", "bad {prompt}"
+    found["contrastive"] = treg.contrastive_rewards(start, rows, pairs, tokenizer, options, *prompts)
     found["truth"] = [tgdpo.tiny_truth(tokenizer, pairs[names[0]], pairs[side]) for side in names[1:]]
-    means = token_rewards.reference_means(str(folder / "dpo"), str(start), pairs, options)
-    found["dpo centred"] = token_rewards.centre(found["dpo"], means)
+    if "dpo centred" in wanted:
+        means = token_rewards.reference_means(str(folder / "dpo"), start, pairs, options)
+        found["dpo centred"] = token_rewards.centre(found["dpo"], means)
     found["dpo large"] = token_rewards.keep(found["dpo"], 0.2)
     for share in (25, 50):
         rng = random.Random(share)
@@ -233,8 +236,10 @@ def train_on_policy(w, setting, marks):
                       placement="end" if setting["method"] == "rto end" else "tokens", device="cpu", dtype="float32")
     start, rows, began = w.options.model_name_or_path, [], time.perf_counter()
     policy, dpo = [tgdpo.load_model(path, w.options) for path in (start, str(w.folder / "dpo"))]
-    scorer = rto.read_scorer("sequence", str(w.folder / "sequence"), options)
-    end_reward = rto.make_end_reward("sequence", scorer, options) if options.beta3 else None
+    end_reward = None
+    if options.beta3:
+        scorer = rto.read_scorer("sequence", str(w.folder / "sequence"), options)
+        end_reward = rto.make_end_reward("sequence", scorer, options)
 
     def look(step, _):
         rows.append({"steps": step, "seconds": time.perf_counter() - began} | judge(w, policy, step))
@@ -250,7 +255,7 @@ def work(folder, job, size):
     seed, world = job["seed"], Path(folder) / "worlds" / str(job["seed"])
     with redirect_stdout(io.StringIO()):
         if "method" not in job:
-            make_world(world, seed)
+            make_world(world, seed, size["quick"])
             return []
         w = load_world(world, seed, size["prompts"])
         if job["method"] == "source":
@@ -295,11 +300,11 @@ def read_results(file):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def open_study(folder, quick, size):
+def open_study(folder, size):
     """Begin a study in a new folder, or go on with the same one."""
     with tgdpo.reading(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    this, file = json.dumps({"quick": quick, "rto": rto.TINY} | size), folder / "study.json"
+    this, file = json.dumps(size | {"rto": rto.TINY}), folder / "study.json"
     if file.exists() and file.read_text() != this:
         raise InputError(f"{folder} holds another study, {file.read_text()}; expected {this}, or a new --output")
     if not file.exists() and any(folder.iterdir()):
@@ -310,7 +315,7 @@ def open_study(folder, quick, size):
 def run_study(folder, quick, processes):
     """Do what is not done yet. A point's rows are written at once: a kill costs only the points that were running."""
     size = QUICK if quick else FULL
-    open_study(folder, quick, size)
+    open_study(folder, size)
     file = folder / "results.jsonl"
     done = {key_of(row) for row in read_results(file)}
     left = [job for job in jobs_of(quick, size["seeds"]) if key_of(job) not in done]
@@ -567,7 +572,8 @@ def figure_credit(plt, rows, file):
         axes.set(xlabel=label)
         axes.set_yscale("symlog", linthresh=2)
     pair[0].set(ylabel="true reward, TGDPO less DPO")
-    pair[1].legend(fontsize=8)
+    if scaled:
+        pair[1].legend(fontsize=8)
     save(plt, figure, file)
 
 
@@ -575,8 +581,9 @@ def figure_maps(plt, folder, file):
     """A pair of the first world under several sources, each divided by its largest |r̂| there."""
     world = folder / "worlds" / "0"
     tokenizer = tgdpo.load_tokenizer(str(world / "start_model"))
+    names = ("truth", "dpo", "dpo centred", "simpo", "contrastive", "classifier")
     stores = {name: datasets.load_from_disk(str(world / "sources" / name), keep_in_memory=True)
-              for name in ("truth", "dpo", "dpo centred", "simpo", "contrastive", "classifier")}
+              for name in names if (world / "sources" / name).exists()}
     pairs, _ = tgdpo.tokenize(tgdpo.load_rows(str(world / "pairs.jsonl"), None), tokenizer, 256, "pairs")
     lengths = [sorted(len(pair[side]) for side in ("chosen_ids", "rejected_ids")) for pair in pairs]
     show = next((i for i, (short, long) in enumerate(lengths) if short > 9 and long < 20), 0)

@@ -69,7 +69,7 @@ POINTS = [
     lab.point("treg", "contrastive", alpha=0.5, steps=3),
     lab.point("ppo", beta=0.0, steps=0),
 ]
-SIZE = dict(seeds=2, rto_marks=(1, 2), prompts=20)
+SIZE = dict(quick=True, seeds=2, rto_marks=(1, 2), prompts=20)
 
 
 class Here:
