@@ -198,7 +198,7 @@ def check_options(o, devices):
             need(name, 0 <= value < math.inf, "a number, 0 or above")
             if name not in ZERO_IS_FINE:
                 need(name, value > 0 or isinstance(value, bool), "a number above 0")
-    losses = [*GUIDED, "dpo", "simpo"]
+    losses = [*GUIDED, "dpo", "simpo"]   # GUIDED: section 4
     need("loss", o.loss in losses, f"one of {', '.join(losses)}")
     need("gamma", math.isfinite(o.gamma), "a number")
     need("warmup_ratio", o.warmup_ratio <= 1, "at most 1")
@@ -278,7 +278,7 @@ def tgdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref
     return losses, beta * chosen_ratios.sum(-1).detach(), beta * rejected_ratios.sum(-1).detach()
 
 
-# Losses that read token rewards, by the name in Options.loss. Yours, with the same arguments, needs one more line here.
+# Losses that read token rewards, by the name in --loss. Yours, with the same arguments, needs one more entry.
 GUIDED = {"tgdpo": tgdpo_loss}
 
 
@@ -881,11 +881,12 @@ def read_model(name):
 
 def prepare_model(model, options):
     """Put a model into train mode (gradient checkpointing asks for it) with every dropout at 0, so that the policy and
-    the reference run the same forward. Dropout sits in nn.Dropout modules and in float attributes."""
-    for module in [*model.modules()]:
+    the reference run the same forward, and GPT-2's gelu in one kernel. Dropout sits in nn.Dropout modules and in float
+    attributes."""
+    for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, transformers.activations.NewGELUActivation):
-                setattr(module, name, transformers.activations.GELUTanh())   # the same function in one kernel
+                setattr(module, name, transformers.activations.GELUTanh())   # the same function
         dropouts = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in dropouts + ["p"] * isinstance(module, torch.nn.Dropout):
             setattr(module, name, 0.0)
@@ -1471,8 +1472,8 @@ def run_tiny(options):
     if known and options.loss in GUIDED:   # the same with the true token rewards: what a perfect reward model would do
         truth = [tiny_truth(tokenizer, pairs["prompt_ids"], pairs[side]) for side in ("chosen_ids", "rejected_ids")]
         stage = replace(options, output_dir=str(folder / "true_rewards"))
-        stage_found = run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)
-        found[f"{options.loss}, truth"] = stage_found[options.loss]
+        run(stage, tokenizer, add_columns(pairs, "rewards", truth), counts)
+        found[f"{options.loss}, truth"] = stage.output_dir
     tiny_report(options, tokenizer, found, prompts, known)
 
 

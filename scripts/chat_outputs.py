@@ -271,11 +271,7 @@ def output_file(options):
 
 def read_options(argv):
     """Command line -> Options, with every default filled in but the temperature."""
-    parser = transformers.HfArgumentParser(Options, prog="chat_outputs.py", allow_abbrev=False)
-
-    def fail(message):
-        raise InputError(message)   # argparse itself would print two lines
-    parser.error = fail
+    parser = rto.strict(transformers.HfArgumentParser(Options, prog="chat_outputs.py", allow_abbrev=False))
     o = Options(**vars(parser.parse_args(argv)))
     shared = {name: getattr(o, name) for name in ("model_name_or_path", "dtype", "device", "seed")}
     base = tgdpo.read_options([f"--{name}={value}" for name, value in shared.items() if value is not None]

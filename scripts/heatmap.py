@@ -215,11 +215,8 @@ def check(mine, options):
 def main(argv):
     """Write the page, or print -> exit status."""
     def work():
-        def fail(message):
-            raise InputError(message)   # argparse itself would print several lines
-        parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.error = fail
+        parser = rto.strict(argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                                    formatter_class=argparse.RawDescriptionHelpFormatter))
         parser.add_argument("--run", metavar="DIR", help="a finished run of tgdpo.py")
         parser.add_argument("--policy", metavar="DIR", help="a trained model; none: that of --run, or none at all")
         parser.add_argument("--output", metavar="FILE", help="the .html file to write")

@@ -298,14 +298,20 @@ def train(policy, critic, reference, dpo, end_reward, prompts, tokenizer, option
 
 
 # ------------------------------------------------------------------------------------------------------------ 4. main
+def strict(parser):
+    """A parser whose complaints become InputErrors, one line each; argparse itself would print several."""
+    def fail(message):
+        raise InputError(message)
+    parser.error = fail
+    return parser
+
+
 def read_options(argv):
     """Command line -> (Options, tgdpo.Options with what both share, checked and filled in by tgdpo.py)."""
     parser = transformers.HfArgumentParser(Options, prog="rto.py", allow_abbrev=False,
                                            epilog=f"Without --model_name_or_path: {TINY}")
 
-    def fail(message):
-        raise InputError(message)   # argparse itself would print two lines
-    parser.error = fail
+    strict(parser)
     if not any(arg.split("=")[0].replace("-", "_") == "__model_name_or_path" for arg in argv):
         parser.set_defaults(**TINY)
     o = Options(**vars(parser.parse_args(argv)))

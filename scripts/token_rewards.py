@@ -129,16 +129,16 @@ def write_rewards(file, rows, pairs, columns, tokenizer):
 
 def main(argv):
     """Write a data set with token rewards -> exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = rto.strict(argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                                formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("--source", choices=("log_ratio", "classifier"), required=True)
     parser.add_argument("--output", required=True, help="the .jsonl file to write")
     parser.add_argument("--centre", action="store_true")
     parser.add_argument("--keep", type=float, default=1.0, metavar="SHARE")
     parser.add_argument("--scale", action="store_true")
-    mine, rest = parser.parse_known_args(argv)
 
     def work():
+        mine, rest = parser.parse_known_args(argv)
         options = tgdpo.read_options(rest)
         check_output(mine.output)
         if not (options.model_name_or_path and options.reward_model):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import tgdpo
 from tgdpo import InputError
-from rto import command
+from rto import command, strict
 from token_rewards import check_output, write_rewards
 
 # Behind the prompt, since what is too long loses its left end.
@@ -92,8 +92,8 @@ def contrastive_rewards(name, rows, pairs, tokenizer, options, better=BETTER, wo
 
 def annotate(argv):
     """The command `annotate`."""
-    parser = argparse.ArgumentParser(prog="treg.py annotate", allow_abbrev=False,
-                                     epilog="All other options are tgdpo.py's: python tgdpo.py --help")
+    parser = strict(argparse.ArgumentParser(prog="treg.py annotate", allow_abbrev=False,
+                                            epilog="All other options are tgdpo.py's: python tgdpo.py --help"))
     parser.add_argument("--output", required=True, help="the .jsonl file to write")
     parser.add_argument("--better", default=BETTER, help="the prompt's template for a good answer")
     parser.add_argument("--worse", default=WORSE, help="the prompt's template for a bad answer")

@@ -211,6 +211,7 @@ def test_report_writes_means_answers_and_figures(study_folder, capsys):
     [
         (["--processes=0"], "--processes is 0; expected 1 or more"),
         (["--report=nowhere"], "nowhere holds no results.jsonl"),
+        (["--quik"], "unrecognized arguments: --quik"),
     ],
 )
 def test_wrong_command_lines_get_one_line(argv, found, capsys, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""scripts/treg.py and scripts/token_rewards.py: token rewards from prompts and classifiers, and what is done with them."""
+"""scripts/treg.py and scripts/token_rewards.py: token rewards from prompts and classifiers, and uses of them."""
 
 import json
 import math
@@ -142,6 +142,7 @@ def test_treg_train_is_tgdpo_py_with_another_loss(bench):
         (["nonsense"], "unknown command nonsense; expected annotate, train or tiny"),
         (["tiny", "--dataset=x.jsonl"], "tiny makes its own"),
         (["train", "--loss_=1"], "unknown option --loss_=1"),
+        (["annotate"], "required: --output"),
     ],
 )
 def test_wrong_command_lines_of_treg_get_one_line(bench, argv, found, capsys, monkeypatch):
@@ -242,12 +243,16 @@ def test_token_rewards_from_the_command_line(bench, capsys):
     own, _ = bench.train(reward_model=bench.reward_model, beta=0.3, max_length=64, num_train_epochs=3)
     given, _ = bench.train(dataset=out[0], beta=0.3, max_length=64, num_train_epochs=3)
     assert [row["loss"] for row in given] == pytest.approx([row["loss"] for row in own], abs=1e-6)
+    capsys.readouterr()
     for wrong, found in (
+        ([], "required: --source"),
+        (["--source=nonsense"], "invalid choice: 'nonsense'"),
         (["--source=classifier", "--centre"], "--centre needs --source log_ratio"),
         (["--source=log_ratio", "--keep=0"], "--keep is 0"),
     ):
         assert token_rewards.main([*common, rm, *wrong, f"--output={bench.folder / 'n.jsonl'}"]) == 2
-        assert found in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert found in error and error.count("\n") == 1
     argv = [*common, rm, "--source=classifier", f"--output={bench.folder / 'n.jsonl'}"]
     assert token_rewards.main(argv) == 2, "a language model is no classifier"
     assert "expected a token classifier with one label" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_samples_of_prompts_of_unequal_length_do_not_depend_on_each_other(tmp_pa
 
 
 def test_a_published_temperature_does_not_count_and_is_kept(tmp_path):
-    """Chat models come with a temperature and more; draws are at temperature 1 all the same, and the model keeps them."""
+    """Chat models come with a temperature and more; draws are at temperature 1 all the same, and the model keeps it."""
     from conftest import make_model
 
     tokenizer = tgdpo.tiny_tokenizer(None, 64)
