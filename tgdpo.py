@@ -297,7 +297,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected
 
 # ------------------------------------------------------------------------------------------------ 5. token log-probs
 LOGITS_BYTES = 2**27   # logits that exist at one time, counted with 4 bytes each: 128 MiB
-BLOCK_BYTES = 2**24    # the softmax over them goes in blocks, so that what it needs besides stays small
+BLOCK_BYTES = 2**22    # on a CPU the softmax over them goes in blocks that stay in its cache: twice as fast
 
 
 def collate(rows, device, shared=False):
@@ -305,8 +305,9 @@ def collate(rows, device, shared=False):
 
     input_ids are prompt + response, (N, T). Shared, they are prompt + chosen + rejected, (B, T), and the prompt is
     computed once: positions (B, T) of both responses go on from the prompt's; segments (B, T), 0 for the prompt, 1 and
-    2 for the responses, say who sees whom. Response n lies in row n modulo their number; from column 0 on, labels
-    (N, R) are its tokens, mask (N, R) says which count, states (N, R) are the columns of input_ids that predict them.
+    2 for the responses, say who sees whom; parts (B, 3) are the three lengths. Response n lies in row n modulo their
+    number; from column 0 on, labels (N, R) are its tokens, mask (N, R) says which count, states (N, R) are the columns
+    of input_ids that predict them.
     ref_logps and rewards (N, R) come along if the rows have them. Rows without a rejected side will do.
 
     Padding is on the right, where a causal model never looks; what it holds does not matter.
@@ -328,20 +329,36 @@ def collate(rows, device, shared=False):
         segments[row] += [1 + n // len(lines)] * len(ids)
     columns = {"input_ids": lines, "labels": responses, "states": states}
     columns |= {"mask": [[True] * len(ids) for ids in responses]}
-    columns |= {"positions": positions, "segments": segments} if shared else {}
+    if shared:
+        parts = [[*lengths] for lengths in zip(prompts, *[map(len, rows[f"{side}_ids"]) for side in sides])]
+        columns |= {"positions": positions, "segments": segments, "parts": parts}
     columns |= {name: stack(name) for name in ("ref_logps", "rewards") if f"chosen_{name}" in rows}
     return {name: pad_sequence([torch.tensor(row) for row in column], batch_first=True).to(device)
             for name, column in columns.items()}
 
 
-def attention_mask(segments, additive):
-    """What each token of shared rows sees: before it, the prompt and its own response; segments (B, T) -> (B, 1, T, T).
-
-    True is seen; additive, for attention without a fused kernel: 0 is seen, the least float32 is not.
-    """
+def attention_mask(segments):
+    """What each token of shared rows sees: before it, the prompt and its own response; segments (B, T) -> (B, 1, T, T),
+    added to attention's scores: 0 is seen, the least float32 is not."""
     own = segments[:, :, None] == segments[:, None, :]                                  # (B, T, T)
     seen = (own | (segments == 0)[:, None, :]).tril()[:, None]                          # (B, 1, T, T)
-    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo().min) if additive else seen
+    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo().min)
+
+
+def pair_attention(module, query, key, value, attention_mask, parts=None, **kwargs):
+    """transformers' sdpa, (B, heads, T, D) -> (B, T, heads, D). Shared rows, known by their parts, take two calls each,
+    prompt and chosen response, then the rejected one: under one mask more than half would be computed in vain."""
+    attend = transformers.integrations.sdpa_attention.sdpa_attention_forward
+    if parts is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    rows = []
+    for n, part in enumerate(parts):
+        q, k, v = [x[n:n + 1, :, :sum(part)].split(part, 2) for x in (query, key, value)]   # prompt, chosen, rejected
+        seen = torch.ones(part[2], part[0] + part[2], dtype=torch.bool, device=query.device).tril(part[0])
+        calls = [[torch.cat(x[:2], 2) for x in (q, k, v)] + [None],   # causal
+                 [q[2]] + [torch.cat(x[::2], 2) for x in (k, v)] + [seen[None, None]]]
+        rows.append(torch.cat([attend(module, *call, **kwargs)[0][0] for call in calls]))
+    return pad_sequence(rows, batch_first=True), None
 
 
 def head_logits(model, hidden, output_class):
@@ -352,7 +369,7 @@ def head_logits(model, hidden, output_class):
     body = model.get_decoder()
     body.forward = lambda *args, **kwargs: output_class(last_hidden_state=hidden[None])
     try:
-        return type(model).forward(model, inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return type(model).forward(model, inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0)
     finally:
         del body.forward   # uncovers the class's forward again
 
@@ -363,20 +380,20 @@ class LabelLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels):
-        """Keeps the logits themselves, and one number a row."""
-        ctx.size = size = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+        """Keeps the logits themselves."""
+        ctx.size = size = max(1, BLOCK_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+        ctx.save_for_backward(logits, labels)
         # (1a)  log π(a|s) = z_a - log Σ_v exp z_v, in float32
-        log_sums = torch.cat([block.float().logsumexp(-1) for block in logits.split(size)])             # (M,)
-        ctx.save_for_backward(logits, labels, log_sums)
-        return logits.gather(-1, labels[:, None])[:, 0].float() - log_sums
+        return torch.cat([block.log_softmax(-1, dtype=torch.float32).gather(-1, label)
+                          for block, label in zip(logits.split(size), labels[:, None].split(size))])[:, 0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         """g (M,) -> g (1[v = label] - π(v|s)), (M, V)."""
-        logits, labels, log_sums = ctx.saved_tensors
-        for block, log_sum, g in zip(*[part.split(ctx.size) for part in (logits, log_sums[:, None], grad[:, None])]):
-            block.copy_((block.float() - log_sum).exp_().mul_(-g))                      # -g π(v|s)
+        logits, labels = ctx.saved_tensors
+        for block, g in zip(logits.split(ctx.size), grad[:, None].split(ctx.size)):
+            block.copy_(block.softmax(-1, dtype=torch.float32).mul_(-g))                # -g π(v|s)
         return logits.scatter_add_(-1, labels[:, None], grad[:, None].to(logits.dtype)), None
 
 
@@ -391,8 +408,8 @@ def token_logps(model, batch, dtype="float32"):
 
     ids, mask, extra = batch["input_ids"], batch["mask"], {}
     if "segments" in batch:
-        additive = model.config._attn_implementation != "sdpa"
-        extra = {"position_ids": batch["positions"], "attention_mask": attention_mask(batch["segments"], additive)}
+        extra = {"position_ids": batch["positions"], "attention_mask": attention_mask(batch["segments"])}
+        extra |= {"parts": batch["parts"].tolist()} if "parts" in batch else {}
     with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         output = model.get_decoder()(input_ids=ids, use_cache=False, **extra)
         rows = torch.arange(len(mask), device=ids.device)[:, None].expand_as(mask) % len(ids)           # (N, R)
@@ -881,8 +898,9 @@ def read_model(name):
 
 def prepare_model(model, options):
     """Put a model into train mode (gradient checkpointing asks for it) with every dropout at 0, so that the policy and
-    the reference run the same forward, and GPT-2's gelu in one kernel. Dropout sits in nn.Dropout modules and in float
-    attributes."""
+    the reference run the same forward, GPT-2's gelu in one kernel, and attention by pair_attention. Dropout sits in
+    nn.Dropout modules and in float attributes."""
+    transformers.AttentionInterface.register("sdpa", pair_attention)   # for all models; without parts it is what it was
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, transformers.activations.NewGELUActivation):
@@ -1114,8 +1132,8 @@ def share_prompts(model, pairs, options):
 
     The pair with the longest sequence is tried. Its log-probs must be those of the plain layout; the yardstick is what
     differs if the rejected response sees the chosen one, since rounding depends on model and type (measured: of that
-    1e-4 in float32 and 0.01 in bfloat16 where masks are honoured, 0.2 and more where not). On CUDA, where a mask rules
-    flash attention out, it must not take longer either.
+    1e-4 in float32 and 0.01 in bfloat16 where masks are honoured, 0.2 and more where not). On CUDA, where the rejected
+    response's mask rules flash attention out, it must not take longer either.
     """
     if not options.shared_prompt or "rejected_ids" not in pairs.column_names:
         return False
@@ -1129,6 +1147,7 @@ def share_prompts(model, pairs, options):
     why = f"its sliding window is {window} tokens, a sequence {longest}" if window and window < longest else ""
     try:
         blind = shared | {"segments": torch.zeros_like(shared["segments"])}
+        del blind["parts"]
         want, *found = [logps(batch)[mask] for batch in (plain, shared, blind)]                         # (M,) each
         apart, much = [(values - want).abs().mean().item() for values in found]
         if not apart <= (0.1 if sharded and options.dtype == "bfloat16" else 1e-3) * much + 1e-6:

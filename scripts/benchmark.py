@@ -6,6 +6,7 @@
     python scripts/benchmark.py --dataset pairs.json --against trl      whole runs of DPO and TGDPO against TRL's DPO
     python scripts/benchmark.py --grow                                  time and memory over tokens, vocabulary, layers
                                                                         and pairs, and how they grow
+    python scripts/benchmark.py --dataset pairs.json --without          what each trick brings: the stages without it
 
 The model is a GPT-2 of random weights (--layers, --width, --vocabulary); without --dataset the pairs are random words.
 Every measurement is a process of its own; memory is the most that the process has held (Linux's VmHWM), on CUDA what
@@ -29,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 ROOT = Path(__file__).resolve().parent.parent
 GROW = {"tokens": (256, 512, 1024, 2048, 4096), "vocabulary": (16384, 32768, 65536, 131072), "layers": (1, 2, 4, 8),
         "pairs": (4, 8, 16, 32)}
+WITHOUT = "two_calls shared_prompts passes one_logits blocks gelu large_pages".split()
 
 
 # ------------------------------------------------------------------------------------------ in processes of their own
@@ -58,6 +60,23 @@ def useful(pairs, model):
     return total
 
 
+def leave_out(trick, tgdpo):
+    """Change tgdpo.py's functions so that they do without one of WITHOUT; the numbers stay what they are."""
+    collate = tgdpo.collate
+    if trick == "two_calls":   # attention of a shared row under one mask
+        tgdpo.collate = lambda *args: {name: value for name, value in collate(*args).items() if name != "parts"}
+    elif trick == "shared_prompts":
+        tgdpo.share_prompts = lambda *args: False
+    elif trick == "passes":   # a step's pairs go through the model together
+        tgdpo.CPU_TOKENS = 2**60
+    elif trick == "one_logits":   # autograd keeps and makes what it needs
+        tgdpo.LabelLogps.apply = lambda logits, labels: logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    elif trick == "blocks":
+        tgdpo.BLOCK_BYTES = 2**60
+    elif trick == "gelu":
+        tgdpo.transformers.activations.GELUTanh = tgdpo.transformers.activations.NewGELUActivation
+
+
 def rates(job):
     """Log-probs of all pairs, then optimizer steps, by tgdpo.py's own functions -> what was measured. The loss is
     SimPO's, which needs no reference; what a pass costs does not depend on the loss."""
@@ -69,7 +88,9 @@ def rates(job):
     import tgdpo
     transformers.logging.disable_progress_bar()
     options = tgdpo.read_options([*job["argv"], "--loss=simpo"])
-    tgdpo.os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # as main does
+    if job.get("without") != "large_pages":
+        tgdpo.os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # as main does
+    leave_out(job.get("without"), tgdpo)
     pairs = datasets.load_from_disk(job["pairs"])
     model = tgdpo.load_model(options.model_name_or_path, options)
     optimizer, scheduler, steps = tgdpo.make_optimizer(model, len(pairs), options)
@@ -193,6 +214,11 @@ def prepare(own, folder):
     return str(data), *models, pairs
 
 
+def spread(ratios):
+    """The median, and in parentheses all."""
+    return f"{median(ratios):.2f} ({' '.join(f'{ratio:.2f}' for ratio in ratios)})"
+
+
 def against_trl(own, folder):
     """Alternate TRL's DPO, our DPO and our TGDPO -> print medians and ratios."""
     data, model, judge, pairs = prepare(own, folder)
@@ -215,8 +241,7 @@ def against_trl(own, folder):
         seconds, peak = [median(values) for values in zip(*runs)]
         ratios = [first[0] / run[0] for first, run in zip(found["TRL, DPO"], runs)]
         share = median(run[1] / first[1] for first, run in zip(found["TRL, DPO"], runs))
-        each = f"{median(ratios):.2f} ({' '.join(f'{ratio:.2f}' for ratio in ratios)})"
-        print(f"{name:17}{seconds:9.1f}{seen / seconds:16.2f}{each:>24}{peak / 2**30:10.2f}{share:8.2f}")
+        print(f"{name:17}{seconds:9.1f}{seen / seconds:16.2f}{spread(ratios):>24}{peak / 2**30:10.2f}{share:8.2f}")
 
 
 def print_rates(found, peak):
@@ -229,6 +254,32 @@ def print_rates(found, peak):
         print(f"{stage:10}{row['pairs'] / row['seconds']:15.2f}{row['tokens'] / row['seconds']:17.0f}{share:15.2f}"
               f"{row['peak'] / 2**30:10.2f}")
     print(f"the whole process: {peak / 2**30:.2f} GiB")
+
+
+def without(own, folder):
+    """The whole and each trick's absence, in turns -> print how much longer both stages take, and the memory."""
+    _, model, _, pairs = prepare(own, folder)
+    job = dict(argv=rates_argv(own, model), pairs=str(folder / "tokens"))
+    found = {name: [] for name in ("", *own.tricks)}
+    for _ in range(own.rounds):
+        for name, runs in found.items():
+            runs.append(of_child("rates", job | {"without": name}, folder))
+    print(f"{len(pairs)} pairs; how many times as long it takes, and how many MiB more: medians of {own.rounds}\n"
+          f"{'without':16}{'annotate':>26}{'train':>26}{'peak':>8}")
+    for name in own.tricks:
+        line = f"{name:16}"
+        for stage in ("annotate", "train"):
+            ratios = [run[stage]["seconds"] / whole[stage]["seconds"] for run, whole in zip(found[name], found[""])]
+            line += f"{spread(ratios):>26}"
+        more = median(run["peak"] - whole["peak"] for run, whole in zip(found[name], found[""])) / 2**20
+        print(line + f"{more:+8.0f}")
+
+
+def rates_argv(own, model):
+    """The options of tgdpo.py that fit the benchmark's."""
+    argv = ["--model_name_or_path", model, "--dataset", "-", "--max_length", str(own.tokens), "--dtype", own.dtype,
+            "--per_device_train_batch_size", str(own.batch), "--device", own.device]
+    return argv + ["--max_steps", str(own.steps)] * (own.steps > 0)
 
 
 def slope(xs, ys):
@@ -274,8 +325,9 @@ def read_argv(argv):
     parser.add_argument("--dataset", help="preference pairs, as for tgdpo.py; none: random words")
     parser.add_argument("--against", choices=["trl"], help="compare whole runs with TRL's DPOTrainer")
     parser.add_argument("--grow", nargs="*", choices=[*GROW], help="which quantities shall grow; none named: all")
+    parser.add_argument("--without", nargs="*", choices=WITHOUT, help="which tricks to leave out; none named: each")
     parser.add_argument("--trl_python", default=sys.executable, help="a python that has TRL")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind against TRL, alternating")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, alternating")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type")
     for name, value, text in (("layers", 4, "of the model"), ("width", 256, "of the model"),
@@ -285,6 +337,7 @@ def read_argv(argv):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
     own = parser.parse_args(argv)
     own.axes = None if own.grow is None else own.grow or [*GROW]
+    own.tricks = None if own.without is None else own.without or WITHOUT
     return own
 
 
@@ -297,8 +350,8 @@ def check(own):
             raise tgdpo.InputError(f"--{name} is {getattr(own, name)}; expected at least {least}")
     if own.width % max(1, own.width // 64):
         raise tgdpo.InputError(f"--width is {own.width}; expected a multiple of its number of heads, a 64th of it")
-    if own.against and own.axes:
-        raise tgdpo.InputError("--against and --grow: expected one of them")
+    if sum(map(bool, (own.against, own.axes, own.tricks))) > 1:
+        raise tgdpo.InputError("--against, --grow and --without: expected one of them")
     if own.against:
         test = [own.trl_python, "-c", "import trl; print(trl.__version__)"]
         try:
@@ -327,12 +380,11 @@ def main(argv):
                 against_trl(own, folder)
             elif own.axes:
                 grow(own, folder)
+            elif own.tricks:
+                without(own, folder)
             else:
                 _, model, _, pairs = prepare(own, folder)
-                argv = ["--model_name_or_path", model, "--dataset", "-", "--max_length", str(own.tokens), "--dtype",
-                        own.dtype, "--per_device_train_batch_size", str(own.batch), "--device", own.device]
-                argv += ["--max_steps", str(own.steps)] * (own.steps > 0)
-                found = of_child("rates", dict(argv=argv, pairs=str(folder / "tokens")), folder)
+                found = of_child("rates", dict(argv=rates_argv(own, model), pairs=str(folder / "tokens")), folder)
                 print_rates(found, found["peak"])
     except (tgdpo.InputError, RuntimeError) as e:
         print(f"benchmark.py: error: {e}", file=sys.stderr)

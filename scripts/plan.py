@@ -110,8 +110,8 @@ def memory(options, about, cost, responses, shards):
     """Bytes on each GPU at the moment that takes most -> {stage: {part: bytes}}; responses is the number of response
     tokens in a micro-batch."""
     size = 2 if options.dtype == "bfloat16" else 4
-    logits = min(responses * about.vocabulary, tgdpo.LOGITS_BYTES // 4)   # of them one tensor, and blocks in float32
-    softmax = size * logits + 3 * min(4 * logits, tgdpo.BLOCK_BYTES)
+    logits = min(responses * about.vocabulary, tgdpo.LOGITS_BYTES // 4)   # of them one tensor, and their softmax
+    softmax = (size + 4) * logits
     weights = 4 * about.weights / shards
     # Gathered: the rest, once; a block and the one after it, fetched ahead.
     gathered = size * (about.rest + 2 * about.block)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import transformers
 
 import tgdpo
@@ -61,6 +62,36 @@ def test_growth_over_one_quantity(monkeypatch, capsys):
     assert re.search(r"\n +64 .*\n +128 .*\n +grows as +t\^", out) and "layers " not in out
 
 
+@pytest.mark.parametrize("trick", benchmark.WITHOUT)
+def test_without_a_trick_the_numbers_are_the_same(trick, tmp_path, monkeypatch):
+    """What is left out is left out, and nothing else: loss and gradient of a step, by a GPT-2."""
+    places = {tgdpo: ["collate", "share_prompts", "CPU_TOKENS", "BLOCK_BYTES"], tgdpo.LabelLogps: ["apply"]}
+    places |= {transformers.activations: ["GELUTanh"]}
+    before = [getattr(place, name) for place, names in places.items() for name in names]
+    for place, names in places.items():  # put back after the test
+        [monkeypatch.setattr(place, name, getattr(place, name)) for name in names]
+
+    def step():
+        options = tgdpo.Options(device="cpu", dtype="float32", loss="simpo", per_device_train_batch_size=4)
+        model = tgdpo.load_model(model_folder, options)
+        options = tgdpo.replace(options, shared_prompt=tgdpo.share_prompts(model, pairs, options))
+        table = tgdpo.pass_over(model, pairs, options, learn=True)
+        return torch.tensor(table["loss"]), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    own = benchmark.read_argv([*SMALL, "--pairs", "6"])
+    _, model_folder, _, pairs = benchmark.prepare(own, tmp_path)
+    whole = step()
+    benchmark.leave_out(trick, tgdpo)
+    after = [getattr(place, name) for place, names in places.items() for name in names]
+    assert sum(a != b for a, b in zip(after, before)) == (trick != "large_pages")
+    torch.testing.assert_close(step(), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_trick_brings_is_said_for_time_and_memory(capsys):
+    assert benchmark.main(["--pairs", "4", *SMALL, "--without", "gelu", "--rounds", "1"]) == 0
+    assert re.search(r"\ngelu( +\d+\.\d\d \(\d+\.\d\d\)){2} +[+-]\d+\n$", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -68,6 +99,7 @@ def test_growth_over_one_quantity(monkeypatch, capsys):
         (["--width", "191"], "--width is 191; expected a multiple of its number of heads"),
         (["--pairs", "-1"], "--pairs is -1"),
         (["--against", "trl", "--grow"], "expected one of them"),
+        (["--grow", "--without", "gelu"], "expected one of them"),
         (["--against", "trl", "--trl_python", "/no/python"], "/no/python cannot import TRL"),
         (["--dataset", "nothing.json"], "nothing.json"),
     ],

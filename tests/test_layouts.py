@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tgdpo
 from conftest import Bench, make_model, small_config, write_rows
@@ -83,10 +84,27 @@ def test_the_layout_of_a_shared_row_by_hand():
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4]]
     assert batch["segments"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2]]
     assert batch["states"][0].tolist() == [3, 4, 5] and batch["states"][1, 0] == 3
-    seen = tgdpo.attention_mask(batch["segments"], additive=False)[0, 0].int().tolist()
+    seen = (tgdpo.attention_mask(batch["segments"])[0, 0] == 0).int().tolist()
     assert (
         seen[6] == [1, 1, 1, 1, 1, 1, 1, 0] and seen[7] == [1, 1, 1, 1, 0, 0, 0, 1] and seen[2] == [1, 1, 1] + [0] * 5
     )
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if build(name).config._attn_implementation == "sdpa"])
+def test_attention_of_shared_rows_computes_what_is_seen(family, monkeypatch):
+    """Prompt and chosen response without a mask, then the rejected response with the keys of prompt and itself."""
+    place = transformers.integrations.sdpa_attention
+    calls, own = [], place.sdpa_attention_forward
+
+    def watch(module, query, key, value, mask, **kwargs):
+        calls.append((query.shape[2], key.shape[2], mask is None))
+        return own(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(place, "sdpa_attention_forward", watch)
+    tgdpo.token_logps(build(family), tgdpo.collate(PAIRS, "cpu", True))
+    lengths = [[len(ids) for ids in pair] for pair in zip(*PAIRS.values())]
+    want = [call for p, c, r in lengths for call in ((p + c, p + c, True), (r, p + r, False))]
+    assert calls == want * 2  # of two layers
 
 
 LONG = {"prompt_ids": [ids(range(4, 20), k=9), [5, 6]], "chosen_ids": [ids(range(4, 20), k=8), [7, 8, 9, 3]],
@@ -241,11 +259,31 @@ def test_one_tensor_of_logits_is_kept_and_it_is_used_once():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logps = tgdpo.LabelLogps.apply(logits * 2, torch.zeros(6, dtype=torch.long))
-    assert sorted(kept.values()) == [6, 6, 300]
+    assert sorted(kept.values()) == [6, 300]
     logps = tgdpo.LabelLogps.apply(logits * 2, torch.zeros(6, dtype=torch.long))
     logps.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError):
         logps.sum().backward()
+
+
+def test_forward_and_backward_make_one_tensor_of_logits(monkeypatch):
+    """Not a second one for their gradient either, nor one of zeros to put it into."""
+    model, made = build("gpt2"), []
+    batch = tgdpo.collate(PAIRS, "cpu", True)
+    size = int(batch["mask"].sum()) * model.config.vocab_size
+    monkeypatch.setattr(tgdpo, "BLOCK_BYTES", 4 * model.config.vocab_size)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out, inputs = op(*args, **(kwargs or {})), [x for x in args if isinstance(x, torch.Tensor)]
+            if isinstance(out, torch.Tensor) and out.numel() == size:
+                if all(x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() for x in inputs):
+                    made.append(str(op))
+            return out
+
+    with Watch():
+        tgdpo.token_logps(model, batch).sum().backward()
+    assert made == ["aten.mm.default"]
 
 
 @pytest.mark.parametrize("shared", [True, False])

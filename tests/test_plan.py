@@ -121,10 +121,10 @@ def test_memory_by_hand(tmp_path):
     assert parts["train"]["AdamW"] == 2 * weights and parts["annotate"]["AdamW"] == 0
     assert parts["train"]["gathered"] == 2 * (about.rest + 2 * block) + 2 * (about.rest + block) + 4 * block
     assert parts["train"]["activations"] == cost.activations
-    assert parts["annotate"]["log-probs"] == 2 * 40 * 96 + 3 * 4 * 40 * 96  # bfloat16 logits, blocks in float32
+    assert parts["annotate"]["log-probs"] == (2 + 4) * 40 * 96  # bfloat16 logits, float32 softmax
     assert parts["train"]["log-probs"] == parts["annotate"]["log-probs"] + 2 * 2 * 40 * 64
     many = plan.memory(options, about, cost, 10**9, 4)["annotate"]["log-probs"]
-    assert many == 2 * (tgdpo.LOGITS_BYTES // 4) + 3 * tgdpo.BLOCK_BYTES
+    assert many == (2 + 4) * (tgdpo.LOGITS_BYTES // 4)
     assert plan.total(parts["train"]) > plan.total(parts["annotate"])
 
 
