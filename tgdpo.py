@@ -307,8 +307,8 @@ def collate(rows, device, shared=False):
     computed once: positions (B, T) of both responses go on from the prompt's; segments (B, T), 0 for the prompt, 1 and
     2 for the responses, say who sees whom; parts (B, 3) are the three lengths. Response n lies in row n modulo their
     number; from column 0 on, labels (N, R) are its tokens, mask (N, R) says which count, states (N, R) are the columns
-    of input_ids that predict them.
-    ref_logps and rewards (N, R) come along if the rows have them. Rows without a rejected side will do.
+    of input_ids that predict them. ref_logps and rewards (N, R) come along if the rows have them. Not shared, rows
+    without a rejected side will do.
 
     Padding is on the right, where a causal model never looks; what it holds does not matter.
     """
@@ -339,7 +339,7 @@ def collate(rows, device, shared=False):
 
 def attention_mask(segments):
     """What each token of shared rows sees: before it, the prompt and its own response; segments (B, T) -> (B, 1, T, T),
-    added to attention's scores: 0 is seen, the least float32 is not."""
+    added to attention's scores: 0 is seen, the least float32 is not. pair_attention does not read it."""
     own = segments[:, :, None] == segments[:, None, :]                                  # (B, T, T)
     seen = (own | (segments == 0)[:, None, :]).tril()[:, None]                          # (B, 1, T, T)
     return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo().min)
@@ -347,7 +347,8 @@ def attention_mask(segments):
 
 def pair_attention(module, query, key, value, attention_mask, parts=None, **kwargs):
     """transformers' sdpa, (B, heads, T, D) -> (B, T, heads, D). Shared rows, known by their parts, take two calls each,
-    prompt and chosen response, then the rejected one: under one mask more than half would be computed in vain."""
+    prompt and chosen response, then the rejected one: under one mask most would be computed in vain. Where a model
+    has an attention of its own, or an eager one, attention_mask does the same."""
     attend = transformers.integrations.sdpa_attention.sdpa_attention_forward
     if parts is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
@@ -355,7 +356,7 @@ def pair_attention(module, query, key, value, attention_mask, parts=None, **kwar
     for n, part in enumerate(parts):
         q, k, v = [x[n:n + 1, :, :sum(part)].split(part, 2) for x in (query, key, value)]   # prompt, chosen, rejected
         seen = torch.ones(part[2], part[0] + part[2], dtype=torch.bool, device=query.device).tril(part[0])
-        calls = [[torch.cat(x[:2], 2) for x in (q, k, v)] + [None],   # causal
+        calls = [[torch.cat(x[:2], 2) for x in (q, k, v)] + [None],   # without a mask: causal
                  [q[2]] + [torch.cat(x[::2], 2) for x in (k, v)] + [seen[None, None]]]
         rows.append(torch.cat([attend(module, *call, **kwargs)[0][0] for call in calls]))
     return pad_sequence(rows, batch_first=True), None
