@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""How fast tgdpo.py is and how much memory it takes, as shares and ratios measured side by side on this machine.
+"""How fast tgdpo.py and fast.py are and how much memory they take, measured side by side on this machine.
 
     python scripts/benchmark.py --dataset pairs.json                    annotate and train: pairs and tokens a second,
                                                                         memory, share of the machine's matrix rate
     python scripts/benchmark.py --dataset pairs.json --against trl      whole runs of DPO and TGDPO against TRL's DPO
-    python scripts/benchmark.py --grow                                  time and memory over tokens, vocabulary, layers
+    python scripts/benchmark.py --grow --script tgdpo.py                time and memory over tokens, vocabulary, layers
                                                                         and pairs, and how they grow
-    python scripts/benchmark.py --dataset pairs.json --without          what each trick brings: the stages without it
+    python scripts/benchmark.py --dataset pairs.json --without          what each of fast.py's tricks brings: the stages
+                                                                        without it
 
 The model is a GPT-2 of random weights (--layers, --width, --vocabulary); without --dataset the pairs are random words.
 Every measurement is a process of its own; memory is the most that the process has held (Linux's VmHWM), on CUDA what
@@ -15,6 +16,7 @@ gets the same tokens of the same pairs, the same model, type, batch and number o
 training loop counts, of ours everything, from the start of python on.
 """
 import argparse
+import itertools
 import json
 import math
 import random
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GROW = {"tokens": (256, 512, 1024, 2048, 4096), "vocabulary": (16384, 32768, 65536, 131072), "layers": (1, 2, 4, 8),
         "pairs": (4, 8, 16, 32)}
 WITHOUT = "two_calls shared_prompts passes one_logits blocks gelu large_pages".split()
+SCRIPTS = {"tgdpo.py": ROOT / "tgdpo.py", "fast.py": ROOT / "scripts" / "fast.py"}
 
 
 # ------------------------------------------------------------------------------------------ in processes of their own
@@ -60,63 +64,70 @@ def useful(pairs, model):
     return total
 
 
-def leave_out(trick, tgdpo):
-    """Change tgdpo.py's functions so that they do without one of WITHOUT; the numbers stay what they are."""
-    collate = tgdpo.collate
+def leave_out(trick):
+    """Change fast.py so that it does without one of WITHOUT; the numbers stay what they are."""
+    import fast
+    import tgdpo
+    import transformers
     if trick == "two_calls":   # attention of a shared row under one mask
-        tgdpo.collate = lambda *args: {name: value for name, value in collate(*args).items() if name != "parts"}
+        collate = fast.collate
+        fast.OWN["collate"] = lambda *args: {name: x for name, x in collate(*args).items() if name != "parts"}
     elif trick == "shared_prompts":
-        tgdpo.share_prompts = lambda *args: False
+        fast.refusal = lambda *args, **kwargs: "without shared prompts"
     elif trick == "passes":   # a step's pairs go through the model together
         tgdpo.CPU_TOKENS = 2**60
     elif trick == "one_logits":   # autograd keeps and makes what it needs
-        tgdpo.LabelLogps.apply = lambda logits, labels: logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        fast.LabelLogps.apply = lambda logits, labels: logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     elif trick == "blocks":
-        tgdpo.BLOCK_BYTES = 2**60
+        fast.BLOCK_BYTES = 2**60
     elif trick == "gelu":
-        tgdpo.transformers.activations.GELUTanh = tgdpo.transformers.activations.NewGELUActivation
+        fast.GELUTanh = transformers.activations.NewGELUActivation
 
 
 def rates(job):
-    """Log-probs of all pairs, then optimizer steps, by tgdpo.py's own functions -> what was measured. The loss is
+    """Log-probs of all pairs, then optimizer steps, by the script's own functions -> what was measured. The loss is
     SimPO's, which needs no reference; what a pass costs does not depend on the loss."""
     import datasets
     import torch
     import transformers
 
+    import fast
     import measure
     import tgdpo
     transformers.logging.disable_progress_bar()
-    options = tgdpo.read_options([*job["argv"], "--loss=simpo"])
     if job.get("without") != "large_pages":
         tgdpo.os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # as main does
-    leave_out(job.get("without"), tgdpo)
-    pairs = datasets.load_from_disk(job["pairs"])
-    model = tgdpo.load_model(options.model_name_or_path, options)
-    optimizer, scheduler, steps = tgdpo.make_optimizer(model, len(pairs), options)
-    options = tgdpo.replace(options, shared_prompt=tgdpo.share_prompts(model, pairs, options))
-    batches = [pairs.select(tgdpo.pairs_of_step(len(pairs), step, options)) for step in range(steps)]
+    leave_out(job.get("without"))
+    with fast.faster() if job["script"] == "fast.py" else nullcontext():
+        options = tgdpo.read_options([*job["argv"], "--loss=simpo"])
+        pairs = datasets.load_from_disk(job["pairs"])
+        if job["script"] == "fast.py":
+            fast.choose(pairs, options)
+        model = tgdpo.load_model(options.model_name_or_path, options)
+        optimizer, scheduler, steps = tgdpo.make_optimizer(model, len(pairs), options)
+        batches = [pairs.select(tgdpo.pairs_of_step(len(pairs), step, options)) for step in range(steps)]
 
-    def learn(batch):
-        """One optimizer step."""
-        tgdpo.pass_over(model, batch, options, learn=True)
-        tgdpo.clip_gradients(model, options.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    learn(batches[0])   # the first one allocates AdamW's state
-    stages = {"annotate": (lambda batch: tgdpo.pass_over(model, batch, options, learn=False), [pairs], 1),
-              "train": (learn, batches, 3)}
-    found = {"matrix": matrix_rate(options.device, options.dtype)}
-    for stage, (work, parts, factor) in stages.items():
-        measure.forget_peak(options.device)
-        began = time.perf_counter()
-        for part in parts:
-            work(part)
-        torch.cuda.synchronize() if options.device == "cuda" else None
-        found[stage] = {"seconds": time.perf_counter() - began, "peak": measure.peak(options.device)}
-        found[stage] |= {"pairs": sum(map(len, parts)), "tokens": sum(sum(tgdpo.pair_lengths(part)) for part in parts),
-                         "operations": factor * sum(useful(part, model) for part in parts)}
+        def learn(batch):
+            """One optimizer step."""
+            tgdpo.run_pairs(model, batch, options, learn=True)
+            tgdpo.clip_gradients(model, options.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        learn(batches[0])   # the first one allocates AdamW's state
+        stages = {"annotate": (lambda batch: tgdpo.run_pairs(model, batch, options, learn=False), [pairs], 1),
+                  "train": (learn, batches, 3)}
+        found = {"matrix": matrix_rate(options.device, options.dtype)}
+        for stage, (work, parts, factor) in stages.items():
+            measure.forget_peak(options.device)
+            began = time.perf_counter()
+            for part in parts:
+                work(part)
+            torch.cuda.synchronize() if options.device == "cuda" else None
+            found[stage] = {"seconds": time.perf_counter() - began, "peak": measure.peak(options.device)}
+            tokens = sum(int(tgdpo.pair_lengths(part).sum()) for part in parts)
+            found[stage] |= {"pairs": sum(map(len, parts)), "tokens": tokens,
+                             "operations": factor * sum(useful(part, model) for part in parts)}
     return found | {"matrix": max(found["matrix"], matrix_rate(options.device, options.dtype))}
 
 
@@ -200,14 +211,30 @@ def make_model(folder, sizes, tokenizer, seed):
     return str(folder)
 
 
+def train_tokenizer(texts, max_length, size):
+    """A byte-level BPE of so many tokens, trained on texts, with a chat template."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    core, special = Tokenizer(models.BPE()), ["<unk>", "<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", model_max_length=max_length,
+        additional_special_tokens=special[3:], chat_template=template)
+
+
 def prepare(own, folder):
     """Write rows, a tokenizer made from them and two models -> (data file, model, reward model, tokenized pairs)."""
     import tgdpo
     rows = tgdpo.load_rows(own.dataset, "train") if own.dataset else random_rows(own.pairs or 256)
-    rows = rows[:own.pairs or len(rows)]
+    rows = [row for row, _ in zip(rows, range(own.pairs or len(rows)))]
     data = folder / "pairs.json"
     data.write_text(json.dumps(rows))
-    tokenizer = tgdpo.tiny_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows], own.tokens, own.vocabulary)
+    tokenizer = train_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows], own.tokens, own.vocabulary)
     models = [make_model(folder / name, vars(own), tokenizer, seed) for seed, name in enumerate(("model", "judge"))]
     pairs, _ = tgdpo.tokenize(rows, tokenizer, own.tokens, str(own.dataset or "random words"))
     pairs.save_to_disk(str(folder / "tokens"))
@@ -227,14 +254,16 @@ def against_trl(own, folder):
                device=own.device, dtype=own.dtype, out=str(folder / "trl"))
     common = ["--model_name_or_path", model, "--dataset", data, "--max_length", own.tokens, "--max_steps", steps,
               "--per_device_train_batch_size", own.batch, "--device", own.device, "--dtype", own.dtype]
-    found = {"TRL, DPO": [], "tgdpo.py, DPO": [], "tgdpo.py, TGDPO": []}
+    found = {"TRL, DPO": []} | {f"{script}, {loss}": [] for script in own.scripts for loss in ("DPO", "TGDPO")}
     for k in range(own.rounds):
         measured = of_child("trl", job, folder, own.trl_python)
         found["TRL, DPO"].append((measured["seconds"], measured["peak"]))
-        for loss, more in (("dpo", []), ("tgdpo", ["--reward_model", judge])):
-            more += ["--loss", loss, "--output_dir", folder / f"{loss}{k}", "--cache_dir", folder / f"cache{loss}{k}"]
-            _, seconds, peak = process([sys.executable, ROOT / "tgdpo.py", *common, *more], loss)
-            found[f"tgdpo.py, {loss.upper()}"].append((seconds, peak))
+        for script in own.scripts:
+            for loss, more in (("dpo", []), ("tgdpo", ["--reward_model", judge])):
+                place = folder / f"{script}-{loss}-{k}"
+                more += ["--loss", loss, "--output_dir", place, "--cache_dir", f"{place}-cache"]
+                _, seconds, peak = process([sys.executable, SCRIPTS[script], *common, *more], script)
+                found[f"{script}, {loss.upper()}"].append((seconds, peak))
     print(f"{steps} steps of {own.batch} pairs; median of {own.rounds}; in parentheses the ratios, run by run")
     print(f"{'':17}{'seconds':>9}{'pairs a second':>16}{'times TRL':>24}{'peak GiB':>10}{'of TRL':>8}")
     for name, runs in found.items():
@@ -244,9 +273,9 @@ def against_trl(own, folder):
         print(f"{name:17}{seconds:9.1f}{seen / seconds:16.2f}{spread(ratios):>24}{peak / 2**30:10.2f}{share:8.2f}")
 
 
-def print_rates(found, peak):
+def print_rates(script, found, peak):
     """A line for each stage."""
-    print(f"this machine multiplies matrices at {found['matrix'] / 1e9:.0f} x 10^9 operations a second")
+    print(f"{script}: this machine multiplies matrices at {found['matrix'] / 1e9:.0f} x 10^9 operations a second")
     print(f"{'':10}{'pairs a second':>15}{'tokens a second':>17}{'share of it':>15}{'peak GiB':>10}")
     for stage in ("annotate", "train"):
         row = found[stage]
@@ -259,7 +288,7 @@ def print_rates(found, peak):
 def without(own, folder):
     """The whole and each trick's absence, in turns -> print how much longer both stages take, and the memory."""
     _, model, _, pairs = prepare(own, folder)
-    job = dict(argv=rates_argv(own, model), pairs=str(folder / "tokens"))
+    job = dict(argv=rates_argv(own, model), pairs=str(folder / "tokens"), script="fast.py")
     found = {name: [] for name in ("", *own.tricks)}
     for _ in range(own.rounds):
         for name, runs in found.items():
@@ -289,27 +318,30 @@ def slope(xs, ys):
     return sum((x - mean) * y for x, y in zip(xs, ys)) / sum((x - mean) ** 2 for x in xs)
 
 
+def of_sizes(script, sizes, own, place):
+    """rates of a script for random pairs and a model of these sizes."""
+    import measure
+    model = make_model(place / "model", sizes, None, 0)
+    measure.random_pairs(sizes["pairs"], sizes["tokens"], sizes["vocabulary"]).save_to_disk(place / "tokens")
+    argv = ["--model_name_or_path", model, "--dataset", "-", "--device", own.device, "--dtype", own.dtype,
+            "--max_length", str(sizes["tokens"]), "--per_device_train_batch_size", str(sizes["pairs"]),
+            "--max_steps", "3"]
+    return of_child("rates", dict(argv=argv, pairs=str(place / "tokens"), script=script), place)
+
+
 def grow(own, folder):
     """One quantity after the other grows, the others stay; what time and memory do -> print them and the fits."""
-    import measure
     base = dict(tokens=512, vocabulary=16384, layers=2, pairs=8, width=64)
     print("base: " + ", ".join(f"{value} {name}" for name, value in base.items()) + "; half of the tokens are prompt; "
           "all pairs are in one step; MiB is what the process holds at most, and + by how much that grows")
-    for name in own.axes:
+    for script, name in itertools.product(own.scripts, own.axes):
         rows = []
         for value in GROW[name]:
-            sizes = base | {name: value}
-            place = folder / f"{name}{value}"
-            model = make_model(place / "model", sizes, None, 0)
-            measure.random_pairs(sizes["pairs"], sizes["tokens"], sizes["vocabulary"]).save_to_disk(place / "tokens")
-            argv = ["--model_name_or_path", model, "--dataset", "-", "--device", own.device, "--dtype", own.dtype,
-                    "--max_length", str(sizes["tokens"]), "--per_device_train_batch_size", str(sizes["pairs"]),
-                    "--max_steps", "3"]
-            found = of_child("rates", dict(argv=argv, pairs=str(place / "tokens")), place)
+            found = of_sizes(script, base | {name: value}, own, folder / f"{script}-{name}-{value}")
             rows.append([found[stage][key] for stage in ("annotate", "train") for key in ("seconds", "peak")])
         columns = [list(column) for column in zip(*rows)]
         columns[2] = [seconds / 3 for seconds in columns[2]]
-        print(f"\n{name:>12}{'annotate s':>12}{'MiB':>8}{'train s a step':>16}{'MiB':>8}")
+        print(f"\n{script}\n{name:>12}{'annotate s':>12}{'MiB':>8}{'train s a step':>16}{'MiB':>8}")
         for value, (a, b, c, d) in zip(GROW[name], zip(*columns)):
             print(f"{value:12}{a:12.3f}{b / 2**20:8.0f}{c:16.3f}{d / 2**20:8.0f}")
         time_slopes = [slope(GROW[name], columns[k]) for k in (0, 2)]
@@ -320,12 +352,15 @@ def grow(own, folder):
 
 def read_argv(argv):
     """Command line -> the benchmark's options."""
-    parser = argparse.ArgumentParser(prog="benchmark.py", allow_abbrev=False, description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    from common import strict   # not at the top: TRL's process has another environment
+    parser = strict(argparse.ArgumentParser(
+        prog="benchmark.py", allow_abbrev=False, description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     parser.add_argument("--dataset", help="preference pairs, as for tgdpo.py; none: random words")
     parser.add_argument("--against", choices=["trl"], help="compare whole runs with TRL's DPOTrainer")
     parser.add_argument("--grow", nargs="*", choices=[*GROW], help="which quantities shall grow; none named: all")
     parser.add_argument("--without", nargs="*", choices=WITHOUT, help="which tricks to leave out; none named: each")
+    parser.add_argument("--script", choices=[*SCRIPTS, "both"], default="both", help="what is measured")
     parser.add_argument("--trl_python", default=sys.executable, help="a python that has TRL")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, alternating")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
@@ -336,6 +371,7 @@ def read_argv(argv):
                               ("steps", 0, "optimizer steps; 0: one epoch")):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
     own = parser.parse_args(argv)
+    own.scripts = [*SCRIPTS] if own.script == "both" else [own.script]
     own.axes = None if own.grow is None else own.grow or [*GROW]
     own.tricks = None if own.without is None else own.without or WITHOUT
     return own
@@ -366,13 +402,11 @@ def main(argv):
     if argv[:1] in (["--rates"], ["--trl"]):   # a process of its own
         print(json.dumps({"--rates": rates, "--trl": trl}[argv[0]](json.loads(Path(argv[1]).read_text()))))
         return 0
-    own = read_argv(argv)
     import tgdpo
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    tgdpo.datasets.disable_progress_bars()
+    from common import quiet
+    quiet()
     try:
+        own = read_argv(argv)
         check(own)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -384,8 +418,10 @@ def main(argv):
                 without(own, folder)
             else:
                 _, model, _, pairs = prepare(own, folder)
-                found = of_child("rates", dict(argv=rates_argv(own, model), pairs=str(folder / "tokens")), folder)
-                print_rates(found, found["peak"])
+                for script in own.scripts:
+                    job = dict(argv=rates_argv(own, model), pairs=str(folder / "tokens"), script=script)
+                    found = of_child("rates", job, folder)
+                    print_rates(script, found, found["peak"])
     except (tgdpo.InputError, RuntimeError) as e:
         print(f"benchmark.py: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, tgdpo.InputError) else 1

@@ -33,8 +33,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import rto
 import tgdpo
+from common import command, cut_left, strict
 from tgdpo import InputError, option
 
 
@@ -74,25 +74,23 @@ EXPECTED = {"alpaca_eval": "an instruction, a prompt or messages that end with t
 
 
 # ---------------------------------------------------------------------------------------------------- 1. the prompts
-PAIR = {"chosen": "a", "rejected": "a"}   # makes a prompt a pair, which tgdpo.py's functions read
+PAIR = {"chosen": " yes", "rejected": " no"}   # makes a prompt a pair, which tgdpo.py's functions read
 
 
-def read_rounds(row, form, chat):
-    """A row of a prompt file -> the messages that go before the model's first answer, those before its second, ..
-
-    chat: whether the tokenizer has a chat template. Raises tgdpo.Unusable.
-    """
+def read_rounds(row, form):
+    """A row of a prompt file -> the messages that go before the model's first answer, those before its second, ...
+    Raises tgdpo.Unusable."""
     if not isinstance(row, dict):
         raise tgdpo.Unusable("no object")
     if form == "alpaca_eval":
-        rounds = [tgdpo.read_pair({"prompt": row.get("messages")} | PAIR | row, chat)[0]]
+        rounds = [tgdpo.read_pair({"prompt": row.get("messages")} | PAIR | row)[0]]
     else:
         arena = form == "arena_hard"
         names, texts = ({"uid"}, [row.get("prompt")]) if arena else ({"question_id", "category"}, row.get("turns"))
         texts = texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else []
         if not names <= set(row) or not texts:
             raise tgdpo.Unusable(f"an object with {', '.join(row) or 'nothing'}")
-        rounds = [tgdpo.read_pair({"prompt": text} | PAIR, chat)[0] for text in texts]
+        rounds = [tgdpo.read_pair({"prompt": text} | PAIR)[0] for text in texts]
     if rounds[0][-1]["role"] != "user":
         raise tgdpo.Unusable(f"messages that end with the {rounds[0][-1]['role']}'s")
     return rounds
@@ -101,9 +99,11 @@ def read_rounds(row, form, chat):
 def prompt_ids(tokenizer, turns, number):
     """Messages -> the prompt's token ids, those of tgdpo.tokenize for a pair with this prompt."""
     try:
-        # With a response, since some templates write more before an answer to come than before one that is there, and
-        # training's prompt is what both have in common.
-        return tgdpo.encode(tokenizer, turns, [PAIR["chosen"]])[0]
+        # With two answers, since some templates write more before an answer to come than before one that is there, and
+        # training's prompt is what all have in common.
+        texts, chat = tgdpo.pair_texts({"prompt": turns} | PAIR, tokenizer)
+        ids = tokenizer(texts, add_special_tokens=False).input_ids
+        return tgdpo.split_tokens(ids, tokenizer, not chat, sys.maxsize)[0]
     except tgdpo.Unusable as e:
         raise InputError(f"row {number} (from 0) of --prompts, message {len(turns)}: {e}; training could not use such "
                          "a prompt either") from e
@@ -122,7 +122,7 @@ def read_questions(options, tokenizer):
     questions = []
     for number, row in enumerate(rows):
         try:
-            questions.append(read_rounds(row, options.format, tokenizer.chat_template is not None))
+            questions.append(read_rounds(row, options.format))
         except tgdpo.Unusable as e:
             raise InputError(f"row {number} (from 0) of --prompts {options.prompts}: {e}; --format {options.format} "
                              f"expects {EXPECTED[options.format]}") from e
@@ -197,7 +197,7 @@ def answer_all(questions, temperatures, model, tokenizer, options, length, file)
             for i in [i for i, rounds in enumerate(questions) if turn < len(rounds)]:
                 talks[i] = talks[i] + questions[i][turn]
                 ids = prompt_ids(tokenizer, talks[i], i)
-                prompts[i] = tgdpo.truncate(ids, [[0] * options.max_new_tokens], length, tokenizer.bos_token_id)[0]
+                prompts[i] = cut_left(ids, max(1, length - options.max_new_tokens), tokenizer.bos_token_id)
                 cut += len(prompts[i]) < len(ids)
                 facts_here = [*facts, i, turn, temperatures[i], prompts[i]]
                 keys[i] = hashlib.sha256(json.dumps(facts_here).encode()).hexdigest()[:32]
@@ -271,7 +271,7 @@ def output_file(options):
 
 def read_options(argv):
     """Command line -> Options, with every default filled in but the temperature."""
-    parser = rto.strict(transformers.HfArgumentParser(Options, prog="chat_outputs.py", allow_abbrev=False))
+    parser = strict(transformers.HfArgumentParser(Options, prog="chat_outputs.py", allow_abbrev=False))
     o = Options(**vars(parser.parse_args(argv)))
     shared = {name: getattr(o, name) for name in ("model_name_or_path", "dtype", "device", "seed")}
     base = tgdpo.read_options([f"--{name}={value}" for name, value in shared.items() if value is not None]
@@ -325,7 +325,7 @@ def main(argv):
             raise InputError(f"{os.environ['WORLD_SIZE']} processes; expected one: start chat_outputs.py without "
                              "torchrun")
         run(read_options(argv))
-    return rto.command(work)
+    return command(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
     python scripts/exercises.py questions                open questions for a report, with their commands
 
 The copy is made from the sources themselves, so exercise and solution are one text: tgdpo.py without the bodies, and
-behind it what scripts/explain.py and scripts/treg.py add. `check tgdpo.py` grades the reference. Needs pytest.
+behind it the loss of scripts/treg.py. `check tgdpo.py` grades the reference. Needs pytest.
 """
 import ast
 import os
@@ -24,12 +24,11 @@ from types import ModuleType, SimpleNamespace
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import tgdpo
-from rto import command
+from common import command
 from tgdpo import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the copy takes from elsewhere: the exercises there, and the functions that their solutions call.
-BORROWED = {"scripts/explain.py": ["along", "probability", "soft_optimum", "bounds"], "scripts/treg.py": ["treg_loss"]}
+BORROWED = {"scripts/treg.py": ["treg_loss"]}   # exercises that the copy takes from elsewhere
 
 
 # ------------------------------------------------------------------------------------------------------ the exercises
@@ -52,22 +51,24 @@ class Exercise:
 EXERCISES = [   # in the order of derivation.md; the closed form is the lemma of its section 1
     Exercise("collate", "(1a)", 4, 45, "derivation.md, section 1", """
         Lists in, padded tensors out; pad_sequence(..., batch_first=True) pads. The state that predicts a token is the
-        column before it: which one comes before the first token of a response, also of the second response of a shared
-        row? Write the plain layout first; shared has a test of its own."""),
-    Exercise("token_logps", "(1a)", 3, 30, "derivation.md, section 1; collate, attention_mask", """
-        model(input_ids=...).logits is (N, T, V) and log_softmax in float32 does the rest: no chunks, no LabelLogps are
-        needed to be right. Take each label's log-prob where batch["states"] says; 0 where batch["mask"] is False. A
-        batch with segments also needs position_ids and attention_mask; response n is in row n modulo their number."""),
+        position before it: which one is that for the first token of a response? states and places count through the
+        flattened tensors: position p of row n of input_ids is n * T + p."""),
+    Exercise("token_logps", "(1a)", 3, 30, "derivation.md, section 1; collate, in_rows", """
+        model(input_ids=...).logits is (N, T, V) and log_softmax in float32 does the rest: no chunks and no head_logits
+        are needed to be right. batch["states"] are places in the flattened N * T positions, batch["labels"] the tokens
+        that these predict. in_rows puts M values into rows, 0 where batch["mask"] is False."""),
+    Exercise("sequence_ppo_objective", "(1b)", 2, 20, "derivation.md, section 1; along", """
+        along gives the entries of a table at the tokens of every response, (Y, T). π(y) is a product over the tokens,
+        so log π(y) is a sum. The objective is a mean under π, of a sum over tokens."""),
     Exercise("closed_form_policy", "(4.3a), (4.3b)", 2, 15, "derivation.md, sections 1 and 6", """
         ref_logps and reward (S, A), f a number or (S, A). Stay in log space: logsumexp, not exp and log. What must the
         probabilities of a state sum to?"""),
     Exercise("simpo_loss", "(3d)", 2, 15, "derivation.md, section 3", """
         Log-probs may be anything where a mask is False. How many tokens does each response have? F.logsigmoid."""),
-    Exercise("bounds", "(4.1), (4b)", 4, 40, "derivation.md, section 4; along, probability, soft_optimum", """
-        ref_logps and reward (S, A), states in the order of a heap; tree = (states, actions), each (Y, T): what each of
-        the Y sequences passes and takes. Three numbers out. max J is (2a) by enumeration, or V of the first state
-        (soft_optimum, which calls your closed_form_policy). In (4.1) the policy chooses which state of a depth it is
-        in, in (4b) the reference does: once a maximum over states, once a mean."""),
+    Exercise("theorem_4_1", "(4.1), (4b)", 4, 40, "derivation.md, section 4; along", """
+        language = (states, actions), each (Y, T): what each of the Y responses passes and takes, -1 after its end. An
+        ended response is worth 0 at each further depth. In (4.1) the policy chooses which state of a depth it is in, in
+        (4b) the reference does: once a maximum over states, once a mean."""),
     Exercise("implicit_reward", "(4.3c), (8a)", 1, 5, "derivation.md, sections 3 and 6", """
         Solve (4.3a) for r. It must also take plain numbers: training calls it token by token."""),
     Exercise("guidance", "(8b)", 1, 10, "derivation.md, section 8", """
@@ -185,12 +186,12 @@ def grade(file):
 def check(file):
     """The command `check` -> whether all is right."""
     found, passed = grade(file), 0
-    print(f"{'exercise':20}{'tag':16}{'difficulty':>10}{'minutes':>9}  {'result':9}first message")
+    print(f"{'exercise':24}{'tag':16}{'difficulty':>10}{'minutes':>9}  {'result':9}first message")
     for e in EXERCISES:
         wrong = [text for text in found[e.function] if text is not None]
         result = "passed" if not wrong else "not yet" if "not written yet" in wrong[0] else "failed"
         passed += not wrong
-        row = f"{e.function:20}{e.tags:16}{e.difficulty:10}{e.minutes:9}  {result:9}"
+        row = f"{e.function:24}{e.tags:16}{e.difficulty:10}{e.minutes:9}  {result:9}"
         print((row + (wrong[0] if wrong else "")).rstrip())
     print(f"{passed} of {len(EXERCISES)} passed")
     return passed == len(EXERCISES)
@@ -199,27 +200,29 @@ def check(file):
 # ------------------------------------------------------------------------------------------------------- the questions
 QUESTIONS = r"""
 Open questions for a report. Run the commands in the repository, from the top: the later ones use runs/base. A run of
-tgdpo.py takes minutes on a laptop; --max_steps 20 shows that it works. Say what you expect before you look.
+scripts/tiny_language.py takes two minutes on a laptop; --max_steps 20 shows that it works. Say what you expect before
+you look.
 
 0. The base of all comparisons: a world, DPO, TGDPO with the DPO model's rhat, TGDPO with the true rewards.
 
-    python tgdpo.py --output_dir runs/base
+    python scripts/tiny_language.py --output_dir runs/base
 
 1. Another f. Five lines; keep one of the three, or write a fourth. The rank, in [-1, 1], is among the tokens of the
    same response, which are those with rhat != 0.
 
     cat > other_f.py <<'END'
-    import sys, torch, tgdpo
+    import sys; sys.path += [".", "scripts"]
+    import tgdpo, tiny_language
     def rank(r): return ((r[..., :, None] - r[..., None, :]).sign() * (r != 0)[..., None, :]).mean(-1)
     forms = {"exponential": lambda r, a, side, floor=None: (side * a * r).exp(),
              "clipped": lambda r, a, side, floor=None: (1 + side * a * r).clamp(0.5, 2.0),
              "rank": lambda r, a, side, floor=None: 1 + side * a * rank(r)}
-    tgdpo.guidance = forms[sys.argv.pop(1)]; sys.exit(tgdpo.main(sys.argv[1:]))
+    tgdpo.guidance = forms[sys.argv.pop(1)]; sys.exit(tiny_language.main(sys.argv[1:]))
     END
     python other_f.py exponential --alpha 0.2 --output_dir runs/exponential
     python other_f.py clipped --alpha 0.2 --output_dir runs/clipped
     python other_f.py rank --alpha 0.2 --output_dir runs/rank
-    python tgdpo.py --alpha 0.2 --output_dir runs/linear
+    python scripts/tiny_language.py --alpha 0.2 --output_dir runs/linear
 
    Look at: the rows "tgdpo" of the four tables, true reward and KL; guidance/min, guidance/max and guidance/nonpositive
    in metrics.jsonl. Which f is the same as the linear one to first order, and where does it part from it? Does f > 0
@@ -232,10 +235,10 @@ tgdpo.py takes minutes on a laptop; --max_steps 20 shows that it works. Say what
     cp -r runs/base/start_model runs/opposite
     grep -v " not " runs/base/pairs.jsonl > runs/plain/pairs.jsonl
     sed 's/"chosen"/"x"/; s/"rejected"/"chosen"/; s/"x"/"rejected"/' runs/base/pairs.jsonl > runs/opposite/pairs.jsonl
-    python tgdpo.py --loss dpo --resume --output_dir runs/plain
-    python tgdpo.py --loss dpo --resume --output_dir runs/opposite
-    python tgdpo.py --reward_model runs/plain --output_dir runs/guided_by_plain
-    python tgdpo.py --reward_model runs/opposite --output_dir runs/guided_by_opposite
+    python scripts/tiny_language.py --loss dpo --resume --output_dir runs/plain
+    python scripts/tiny_language.py --loss dpo --resume --output_dir runs/opposite
+    python scripts/tiny_language.py --reward_model runs/plain --output_dir runs/guided_by_plain
+    python scripts/tiny_language.py --reward_model runs/opposite --output_dir runs/guided_by_opposite
 
    Look at: correlation and AUC of rhat against the truth, then "true reward" of tgdpo and of "tgdpo, truth" beside
    runs/base. How wrong may rhat be before TGDPO falls behind DPO? scripts/lab.py asks the same of many sources.
@@ -246,22 +249,24 @@ tgdpo.py takes minutes on a laptop; --max_steps 20 shows that it works. Say what
     cp -r runs/base/start_model runs/noisy
     awk 'BEGIN { srand(1) } rand() < 0.2 { sub(/"chosen"/, "\"x\""); sub(/"rejected"/, "\"chosen\"");
          sub(/"x"/, "\"rejected\"") } 1' runs/base/pairs.jsonl > runs/noisy/pairs.jsonl
-    python tgdpo.py --resume --output_dir runs/noisy
+    python scripts/tiny_language.py --resume --output_dir runs/noisy
 
    Look at: what dpo, tgdpo and "tgdpo, truth" lose against runs/base. The reward model saw the same noise: does rhat
    (AUC) suffer as much as the policy? With noisy labels, does guidance help more or less?
 
-4. Length. phi sums over tokens, so a long response can count more; SimPO takes means. TGDPO with means is five lines.
+4. Length. phi sums over tokens, so a long response can count more; SimPO takes means. TGDPO with means is four lines.
 
     cat > mean_f.py <<'END'
-    import sys, tgdpo
-    def mean_loss(a, b, ref_a, ref_b, r_a, r_b, beta, alpha):
-        n, m = [(ref != 0).sum(-1, keepdim=True) for ref in (ref_a, ref_b)]
-        return tgdpo.tgdpo_loss(a / n, b / m, ref_a / n, ref_b / m, r_a, r_b, beta, alpha)
-    tgdpo.GUIDED["mean"] = mean_loss; sys.exit(tgdpo.main(["--loss", "mean", *sys.argv[1:]]))
+    import sys; sys.path += [".", "scripts"]
+    import tgdpo, tiny_language
+    def mean_loss(logps, batch, o):
+        columns = [*logps, *batch["ref_logps"]]
+        means = [x / mask.sum(-1, keepdim=True) for x, mask in zip(columns, batch["mask"] * 2)]
+        return tgdpo.tgdpo_loss(*means, *batch["rewards"], o.beta, o.alpha)
+    tgdpo.LOSSES["mean"] = mean_loss; sys.exit(tiny_language.main(["--loss", "mean", *sys.argv[1:]]))
     END
     python mean_f.py --beta 5 --reward_beta 0.5 --output_dir runs/mean
-    python tgdpo.py --loss simpo --beta 2 --output_dir runs/simpo
+    python scripts/tiny_language.py --loss simpo --beta 2 --output_dir runs/simpo
 
    Look at: length, KL and true reward in the tables beside runs/base. Which tokens have a negative rhat in every
    response (the samples below the table show them), and what does derivation.md, section 8, say is done to these?

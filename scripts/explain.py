@@ -5,9 +5,10 @@
     python scripts/explain.py --seed 7     another random language: what holds for all, and what for this one only
     python scripts/explain.py --starts 12  section 10's minimisers from 12 other starts too: slower, and lower
 
-Tables are (S, A), states in the order of a heap: the root is 0, action a leads from state s to state A s + 1 + a, and
-what lies beyond the last step has value 0; here S = 40, A = 3. Y = 81 sequences of T = 4 tokens; `along` turns a table
-into what the tokens of each sequence say, (Y, T). Where training has a formula, it is tgdpo.py's function. Float64.
+Where tgdpo.py has a formula, this calls its function; the rest of derivation.md is computed here. Tables are (S, A) and
+a tree is what section 1 of tgdpo.py calls a language, (states, actions). States stand in the order of a heap: the root
+is 0, action a leads from state s to state A s + 1 + a, and what lies beyond the last step has value 0. Here S = 40,
+A = 3, and there are Y = 81 sequences of T = 4 tokens. Float64.
 """
 import argparse
 import itertools
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from tgdpo import closed_form_policy, guidance, implicit_reward, tgdpo_loss, token_ppo_objective
+from tgdpo import (along, closed_form_policy, dpo_loss, guidance, implicit_reward, phi_and_delta,
+                   sequence_ppo_objective, tgdpo_loss, theorem_4_1, token_ppo_objective, token_rewards)
 from treg import treg_loss
 
 ALPHAS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
@@ -43,12 +45,6 @@ def sequences(steps, actions):
     return states, taken
 
 
-def along(table, tree):
-    """A table's entries for the tokens of every sequence: (S, A) -> (Y, T); a column per state, (S,), likewise."""
-    states, actions = tree
-    return table[states, actions] if table.ndim == 2 else table[states]
-
-
 def language(seed, steps=4, actions=3):
     """A random language -> (reference log-probs (S, A), token rewards (S, A), its tree)."""
     rng, count = random.Random(seed), (actions**steps - 1) // (actions - 1)
@@ -65,12 +61,6 @@ def probability(log_policy, tree):
 def divergence(log_policy, ref_logps, tree):
     """KL(π || π_ref) of whole sequences."""
     return (probability(log_policy, tree) * along(log_policy - ref_logps, tree).sum(-1)).sum().item()
-
-
-def objective(log_policy, ref_logps, reward, beta, tree):
-    """Sequence-level PPO, by enumeration."""
-    # (1b)  J(π) = E_{y~π} Σ_t [ r(s_t, a_t) - β log π / π_ref ]
-    return (probability(log_policy, tree) * along(reward - beta * (log_policy - ref_logps), tree).sum(-1)).sum()
 
 
 # --------------------------------------------------------------------------------------------- optima and minimisers
@@ -158,13 +148,23 @@ def pair_weights(probabilities, totals):
     return weights / weights.sum()
 
 
-def pair_losses(log_policy, ref_logps, rewards, beta, alpha, tree, sign=1):
-    """tgdpo.py's loss of every y as chosen against every y' as rejected, (Y, Y). sign -1 turns the loser's r̂ round, so
-    that f_l = f_w = 1 + α r̂ does not depend on the label."""
-    policy, ref, r = [along(table, tree) for table in (log_policy, ref_logps, rewards)]
-    # Chosen (Y, 1, T), rejected (1, Y, T): the loss sums over T, and (Y, 1) - (1, Y) makes all pairs.
-    pairs = policy[:, None], policy[None], ref[:, None], ref[None], r[:, None], sign * r[None]
-    return tgdpo_loss(*pairs, beta, alpha)[0]
+def all_pairs(table, tree):
+    """A table along every y as chosen, (Y, 1, T), and along every y' as rejected, (1, Y, T): a loss that sums over T
+    then compares all with all, (Y, Y)."""
+    tokens = along(table, tree)
+    return tokens[:, None], tokens[None]
+
+
+def pair_losses(log_policy, ref_logps, rewards, beta, alpha, tree):
+    """tgdpo.py's loss of every y as chosen against every y' as rejected, (Y, Y)."""
+    tables = [side for table in (log_policy, ref_logps, rewards) for side in all_pairs(table, tree)]
+    return tgdpo_loss(*tables, beta, alpha)[0]
+
+
+def preference_loss(w, log_policy, log_Z, f, delta):
+    """The mean of -log σ(φ + δ), without delta of -log σ(φ), over all labelled pairs; one f, whoever wins."""
+    phi, rest = phi_and_delta(log_policy, w.ref, log_Z, w.beta, f, f, w.tree)
+    return -(w.weights * F.logsigmoid(phi + rest if delta else phi)).sum()
 
 
 # ------------------------------------------------------------------------------------------------------- the walk
@@ -182,7 +182,7 @@ def world(seed, beta=1.0):
 
 def J(w, log_policy):
     """(1b) of a policy in the walk's language, a number."""
-    return objective(log_policy, w.ref, w.reward, w.beta, w.tree).item()
+    return sequence_ppo_objective(log_policy, w.ref, w.reward, w.beta, w.tree).item()
 
 
 def apart(a, b):
@@ -202,7 +202,7 @@ def section_2(w):
     """sequence-level PPO: its optimum by enumeration and by ascent"""
     # (2a)  π*(y) = π_ref(y) exp(R(y) / β) / Z(x), and max J = β log Z(x)
     best, log_Z = closed_form_policy(w.p_ref.log(), w.R, w.beta)
-    found, loss = minimise(lambda p: -objective(p, w.ref, w.reward, w.beta, w.tree), w.ref, 1e-5)
+    found, loss = minimise(lambda p: -sequence_ppo_objective(p, w.ref, w.reward, w.beta, w.tree), w.ref, 1e-5)
     print(f"(2a)   max J = beta log Z(x) = {w.beta * log_Z:.4f}; gradient ascent on (1b) reaches {-loss:.4f}")
     print(f"       the policies that they give differ by {(best.exp() - probability(found, w.tree)).abs().max():.4f}")
 
@@ -212,20 +212,18 @@ def section_3(w):
     # (3a)  R(y) = β log π*(y) / π_ref(y) + β log Z(x)
     R = implicit_reward(along(w.exact, w.tree).sum(-1), w.p_ref.log(), w.beta, log_Z=w.V[0] / w.beta)
     print(f"(3a)   the reward read off the optimal policy misses R(y) by at most {(R - w.R).abs().max():.4f}")
-    # (3c)  L_DPO = -log σ( β Σ_t ℓ_t over y_w - β Σ_t ℓ_t over y_l ), which is alpha = 0
-    found, _ = minimise(lambda p: (w.weights * pair_losses(p, w.ref, w.reward, w.beta, 0.0, w.tree)).sum(), w.ref)
+
+    def loss(log_policy):
+        return (w.weights * dpo_loss(*all_pairs(log_policy, w.tree), *all_pairs(w.ref, w.tree), w.beta)[0]).sum()
+    found, _ = minimise(loss, w.ref)
     print(f"(3c)   the minimiser of DPO's loss over all pairs misses the optimum of J by {apart(found, w.exact):.4f}")
 
 
 def bounds(ref_logps, reward, beta, tree):
-    """-> (max J, the right side of Theorem 4.1, the same sum with the state distribution fixed to the reference's)."""
-    states, values = tree[0], soft_optimum(ref_logps, reward, beta)[1]
+    """-> max J, by (2a); its bound by Theorem 4.1; the same sum over the reference's states."""
+    ref_y, R = [along(table, tree).sum(-1) for table in (ref_logps, reward)]
     _, log_Z = closed_form_policy(ref_logps, reward, beta)
-    # (4.1)  max_π J(π) <= Σ_t max_π E_{s_t~D_t(π)}[ β log Z(s_t) ] = Σ_t max_{s at depth t} β log Z(s)
-    right = sum(beta * log_Z[states[:, t]].max() for t in range(states.shape[1]))
-    # (4b)  Σ_t E_{s_t~D_t}[ β log Z(s_t) ] with a fixed D_t, the reference's
-    fixed = (probability(ref_logps, tree)[:, None] * beta * log_Z[states]).sum()
-    return values[0], right, fixed
+    return beta * closed_form_policy(ref_y, R, beta)[1], *theorem_4_1(ref_logps, log_Z, beta, tree)
 
 
 def section_4(w):
@@ -234,7 +232,8 @@ def section_4(w):
     print(f"(4.1)  Theorem 4.1: {best:.4f} <= {right:.4f}")
     # (4a)  J(π) = E_π Σ_t [ β log Z(s_t) - β KL(π || π_m)(s_t) ]: what is lost against π_m, state by state
     lost = (w.exact.exp() * (w.exact - w.myopic)).sum(-1)
-    sums = (probability(w.exact, w.tree)[:, None] * w.beta * along(w.log_Z - lost, w.tree)).sum()
+    left = along((w.log_Z - lost)[:, None].expand_as(w.ref), w.tree).sum(-1)
+    sums = (probability(w.exact, w.tree) * w.beta * left).sum()
     print(f"(4a)   J of the exact optimum: {J(w, w.exact):.4f} = {sums:.4f}")
     print(f"(4b)   with D fixed to the reference's: {fixed:.4f}, {'no' if fixed < best else 'an'} upper bound")
     ref = f64([[0.001, 0.999], [0.5, 0.5], [0.5, 0.5]]).log()
@@ -242,6 +241,13 @@ def section_4(w):
     best, right, fixed = bounds(ref, reward, 1.0, sequences(2, 2))
     print(f"       a reward of 10 behind a token of probability .001: {best:.2f} <= {right:.2f}, "
           f"with D fixed {fixed:.2f}")
+    # State 0 has an end token and a token to state 1, where every token earns -10.
+    ref, reward = f64([[0.5, 0.5], [0.5, 0.5]]).log(), f64([[0.0, 0.0], [-10.0, -10.0]])
+    early = torch.tensor([[0, -1], [0, 1], [0, 1]]), torch.tensor([[0, -1], [1, 0], [1, 1]])
+    best, right, _ = bounds(ref, reward, 1.0, early)
+    log_Z = closed_form_policy(ref, reward, 1.0)[1][early[0]].where(early[0] >= 0, -math.inf)               # (Y, T)
+    print(f"       an end token of probability .5, else -10: {best:.2f} <= {right:.2f}; without the ended state the "
+          f"right side would be {log_Z.amax(0).sum():.2f}")
 
 
 def section_5(w):
@@ -282,12 +288,9 @@ def section_7(w):
         f = guidance(g, alpha, +1)
         # (7a)  β f [ log π_m / π_ref + log Z ] = r at every token, so φ + δ = R(y_w) - R(y_l)
         myopic, log_Z = closed_form_policy(w.ref, w.reward, w.beta, f)
-
-        def loss(log_policy):
-            return (w.weights * pair_losses(log_policy, w.ref, g, w.beta, alpha, w.tree, sign=-1)).sum()
-        without, consistent = minimise(loss, w.ref)[0], consistent_policy(w.ref, w.reward, w.beta, f)
-        # (4.4b)  δ = Σ_t β f_w log Z(s_t) over y_w - Σ_t β f_l log Z(s_t) over y_l: log Z in the place of ℓ
-        kept, _ = minimise(lambda log_policy: loss(log_policy + log_Z[:, None]), w.ref)
+        kept, without = [minimise(lambda p: preference_loss(w, p, log_Z, f, delta), w.ref)[0]
+                         for delta in (True, False)]
+        consistent = consistent_policy(w.ref, w.reward, w.beta, f)
         for tag, title, found in (("(7a)", "with delta   ", kept), ("(7c)", "without delta", without)):
             print(f"{tag}   {name} {title}: from the myopic policy {apart(found, myopic):.4f}, from the exact optimum "
                   f"{apart(found, w.exact):.4f}, from (7c) {apart(found, consistent):.4f}")
@@ -296,12 +299,11 @@ def section_7(w):
     found = [theta[(F.softplus(-theta - delta) + F.softplus(theta)).argmin()] for delta in (1.0, 0.0)]
     print(f"(7b)   two pairs, phi = (theta, -theta), delta = (1, 0): theta {found[0]:.2f} = {(0 - 1) / 2:.2f} "
           f"with delta, {round(found[1].item(), 2) + 0.0:.2f} without")
-    ref, reward = torch.full((3, 2), 0.5).double().log(), f64([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    tree, log_Z = sequences(2, 2), closed_form_policy(ref, reward, 1.0)[1]
-    weights = pair_weights(probability(ref, tree), along(reward, tree).sum(-1))
-    exact, _, _ = soft_optimum(ref, reward, 1.0)
-    found = [minimise(lambda p: (weights * pair_losses(p + delta, ref, reward, 1.0, 0.0, tree)).sum(), ref)[0]
-             for delta in (log_Z[:, None], 0.0)]
+    two = SimpleNamespace(beta=1.0, ref=torch.full((3, 2), 0.5).double().log(), tree=sequences(2, 2))
+    reward = f64([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    two.weights = pair_weights(probability(two.ref, two.tree), along(reward, two.tree).sum(-1))
+    exact, log_Z = soft_optimum(two.ref, reward, 1.0)[0], closed_form_policy(two.ref, reward, 1.0)[1]
+    found = [minimise(lambda p: preference_loss(two, p, log_Z, 1.0, delta), two.ref)[0] for delta in (True, False)]
     print(f"       two steps, reward 1 behind the first of two tokens: its probability is {found[0][0, 0].exp():.4f} "
           f"with delta, {found[1][0, 0].exp():.4f} without; {exact[0, 0].exp():.4f} at the optimum of J")
 
@@ -316,7 +318,7 @@ def section_8(w):
         by_hand = [side * 0.5 * guidance(r, 0.5, side) for side in (+1, -1)]
         print(f"(8d)   rhat {r:+.1f}: chosen {-logps.grad[0].item():+.2f} = {by_hand[0]:+.2f}, "
               f"rejected {-logps.grad[1].item():+.2f} = {by_hand[1]:+.2f}; DPO +0.50, -0.50")
-    rhat = implicit_reward(w.exact, w.ref, w.beta)
+    rhat = token_rewards(w.exact, w.ref, w.beta)
     # (8e)  P(y beats y') + P(y' beats y) = σ(φ(y, y')) + σ(φ(y', y)), which is 1 for DPO
     wins = torch.exp(-pair_losses(w.exact, w.ref, rhat, w.beta, 0.5, w.tree))
     both = (wins + wins.T)[~torch.eye(len(wins), dtype=bool)]
@@ -328,7 +330,7 @@ def section_9(w):
     """T-REG and TGDPO are one gradient (the sequences of largest and of smallest R)"""
     rng = random.Random(w.seed + 3)
     logits = f64([[rng.gauss(0, 1) for _ in row] for row in w.ref]).requires_grad_()
-    rhat = along(implicit_reward(w.exact, w.ref, w.beta), w.tree)
+    rhat = along(token_rewards(w.exact, w.ref, w.beta), w.tree)
     y, z = w.R.argmax()[None], w.R.argmin()[None]
     for start, name in ((logits, "random"), (w.ref.clone().requires_grad_(), "pi_ref")):
         policy, ref = along(start.log_softmax(-1), w.tree), along(w.ref, w.tree)
@@ -349,7 +351,7 @@ def section_9(w):
 
 def section_10(w):
     """how large alpha rhat may be: the minimiser over all pairs, with rhat from the exact DPO model"""
-    rhat = implicit_reward(w.exact, w.ref, w.beta)
+    rhat = token_rewards(w.exact, w.ref, w.beta)
     # (10a)  E_{a~π_ref}[ r̂(s,a) ] = -β KL(π_ref || π_rm)(s), never above 0
     mean, kl = (w.ref.exp() * rhat).sum(-1)[0], (w.ref.exp() * (w.ref - w.exact)).sum(-1)[0]
     print(f"(10a)  mean of rhat under the reference, first state: {mean:.4f} = {-w.beta * kl:.4f}")
@@ -366,7 +368,7 @@ def section_10(w):
     print("       on data: one state, tokens a b c, three of four labels say a beats b, c is never sampled")
     ref = f64([0.4, 0.4, 0.2]).log()
     dpo = (ref + f64([0.5, -0.5, 0.0]) * math.log(3)).log_softmax(-1)   # c's logit gets no gradient
-    rhat, weights = implicit_reward(dpo, ref, 1.0), f64([0.75, 0.25])
+    rhat, weights = token_rewards(dpo, ref, 1.0), f64([0.75, 0.25])
 
     def loss(policy, alpha):   # two pairs of one token: a beats b, and b beats a
         pairs = [table[order, None] for table in (policy, ref, rhat) for order in ([0, 1], [1, 0])]     # (B, 1) each

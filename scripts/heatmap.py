@@ -30,9 +30,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 
-import rto
 import tgdpo
+import tiny_language
 import token_rewards
+from common import command, strict
 from tgdpo import InputError
 
 # name: (title, the value that gets no colour)
@@ -64,10 +65,10 @@ def columns(options, pairs, tokenizer, policy):
     if not (own or options.reward_model):
         raise InputError("no reward model; expected --reward_model, or a --run that trained one, or chosen_rewards and "
                          "rejected_rewards in the data")
-    needed = [reference] * bool(policy or not own) + [options.reward_model] * (not own) + [policy] * bool(policy)
-    tgdpo.check_models(list(dict.fromkeys(needed)), tokenizer, pairs)
+    if policy:
+        tgdpo.check_vocabulary(policy, tokenizer)
     if own:
-        print("token rewards: the data set's own" + "; --reward_model is not used" * bool(options.reward_model))
+        print("token rewards: the data set's own; --reward_model is not used")
         rewards = [pairs[f"{side}_rewards"] for side in SIDES]
     else:   # (8a)  r̂_t = β [ log π_rm - log π_ref ]
         rewards = token_rewards.log_ratio(options.reward_model, reference, pairs, options)
@@ -156,8 +157,8 @@ def paint(text, value, neutral, scale):
     """A token in colour; where colours are not wanted, with its value behind it if that is far from neutral."""
     *lines, last = (text or "◦").split("\n")   # ◦: a part of a character
     lines = [line + "↵" for line in lines] + [last]
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):   # tgdpo.py's colours are full at 2
-        return "\n".join(line and tgdpo.paint(line, 2 * (value - neutral) / scale) for line in lines)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):   # its colours are full at 2
+        return "\n".join(line and tiny_language.paint(line, 2 * (value - neutral) / scale) for line in lines)
     return "\n".join(lines) + f"[{value:+.2g}]" * (abs(value - neutral) >= scale / 4)
 
 
@@ -215,7 +216,7 @@ def check(mine, options):
 def main(argv):
     """Write the page, or print -> exit status."""
     def work():
-        parser = rto.strict(argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        parser = strict(argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                                     formatter_class=argparse.RawDescriptionHelpFormatter))
         parser.add_argument("--run", metavar="DIR", help="a finished run of tgdpo.py")
         parser.add_argument("--policy", metavar="DIR", help="a trained model; none: that of --run, or none at all")
@@ -234,7 +235,7 @@ def main(argv):
             tokens = sum(len(pair[side]["tokens"]) for pair in pairs for side in SIDES)
             size = Path(mine.output).stat().st_size / 1e6
             print(f"{mine.output}: {len(pairs)} pairs, {tokens} response tokens, {size:.1f} MB")
-    return rto.command(work)
+    return command(work)
 
 
 if __name__ == "__main__":

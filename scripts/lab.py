@@ -5,7 +5,7 @@
     python scripts/lab.py                         the full study of scripts/lab/README.md
     python scripts/lab.py --report FOLDER         only the summary, the answers and the figures, from its results.jsonl
 
-On the tiny language of tgdpo.py the true reward of each token is known. For each seed a world is made: a language
+On the tiny language (scripts/tiny_language.py) the true reward of each token is known. For each seed a world is made: a language
 model, 4000 labelled pairs, models that give token rewards. Each point trains one policy in it and judges that. Points
 run in parallel processes; every finished one is a row of results.jsonl (two of an on-policy method), and the same
 command goes on where it stopped. summary.csv has means and 95 % intervals over seeds of every point in results.jsonl.
@@ -37,8 +37,10 @@ from tqdm import tqdm
 
 import rto
 import tgdpo
+import tiny_language
 import token_rewards
 import treg
+from common import command, quiet, strict
 from tgdpo import InputError
 
 T_97_5 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}   # by seeds
@@ -107,7 +109,7 @@ def name_of(row):
 # ---------------------------------------------------------------------------------------------------------- the world
 def world_options(folder, seed):
     """tgdpo.py's options of the tiny mode, for a world."""
-    return tgdpo.Options(**tgdpo.TINY | dict(
+    return tgdpo.Options(**tiny_language.TINY | dict(
         model_name_or_path=str(folder / "start_model"), dataset=str(folder / "pairs.jsonl"), eval_size=0.0, seed=seed,
         device="cpu", dtype="float32", cache_dir=str(folder / "cache"), output_dir=str(folder)))
 
@@ -117,17 +119,17 @@ def make_world(folder, seed, quick):
     if (folder / "sources").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    options, tokenizer = world_options(folder, seed), tgdpo.tiny_tokenizer(None, 256)
+    options, tokenizer = world_options(folder, seed), tiny_language.tiny_tokenizer(256)
     start, wanted = options.model_name_or_path, {p["source"].removesuffix(" scaled") for p in study(quick)}
     treg.prefixed_language_model(tokenizer, options, Path(start))
-    tgdpo.tiny_pairs(start, tokenizer, options, folder / "pairs.jsonl")
+    tiny_language.tiny_pairs(start, tokenizer, options, folder / "pairs.jsonl")
     rows = tgdpo.load_rows(options.dataset, None)
     pairs, counts = tgdpo.tokenize(rows, tokenizer, options.max_length, options.dataset)
     names, found = ("prompt_ids", "chosen_ids", "rejected_ids"), {}
     for name, changes in (("dpo", {"loss": "dpo"}), ("early", {"loss": "dpo", "num_train_epochs": 0.25}),
                           ("simpo", {"loss": "simpo", "beta": 2.0})):
         if name in wanted | {"dpo"}:   # to which all are compared
-            tgdpo.run(replace(options, output_dir=str(folder / name), **changes), tokenizer, pairs, counts)
+            tgdpo.reward_then_train(replace(options, output_dir=str(folder / name), **changes), tokenizer, pairs, counts)
             found[name] = token_rewards.log_ratio(str(folder / name), start, pairs, options)
     if "classifier" in wanted:
         rto.train_reward_model("token", start, pairs, options, folder / "token")
@@ -136,7 +138,7 @@ def make_world(folder, seed, quick):
         rto.train_reward_model("sequence", start, pairs, options, folder / "sequence")
     prompts = "good {prompt}", "bad {prompt}"
     found["contrastive"] = treg.contrastive_rewards(start, rows, pairs, tokenizer, options, *prompts)
-    found["truth"] = [tgdpo.tiny_truth(tokenizer, pairs[names[0]], pairs[side]) for side in names[1:]]
+    found["truth"] = [tiny_language.tiny_truth(tokenizer, pairs[names[0]], pairs[side]) for side in names[1:]]
     if "dpo centred" in wanted:
         means = token_rewards.reference_means(str(folder / "dpo"), start, pairs, options)
         found["dpo centred"] = token_rewards.centre(found["dpo"], means)
@@ -147,7 +149,7 @@ def make_world(folder, seed, quick):
                                   for side in found["truth"]]
     (folder / "sources.saving").mkdir()
     for name, columns in found.items():
-        tgdpo.write_columns(folder / "sources.saving" / name, columns)
+        tgdpo.write_annotation(folder / "sources.saving" / name, columns)
     (folder / "sources.saving").rename(folder / "sources")
 
 
@@ -158,15 +160,14 @@ def load_world(folder, seed, prompts):
     tokenizer = tgdpo.load_tokenizer(options.model_name_or_path)
     rows = tgdpo.load_rows(options.dataset, None)
     pairs, _ = tgdpo.tokenize(rows, tokenizer, options.max_length, options.dataset)
-    logps = tgdpo.annotate(options.model_name_or_path, pairs, options, "reference")
-    pairs = tgdpo.add_columns(pairs, "ref_logps", logps)
-    nouns = random.Random(f"judge {seed}").choices(tgdpo.NOUNS, k=prompts)
+    pairs = tgdpo.annotate(pairs, "ref_logps", options.model_name_or_path, options)
+    nouns = random.Random(f"judge {seed}").choices(tiny_language.NOUNS, k=prompts)
     w = SimpleNamespace(folder=folder, options=options, tokenizer=tokenizer, pairs=pairs,
                         prompts=tokenizer([f"describe the {noun} :" for noun in nouns]).input_ids,
                         reference=tgdpo.load_model(options.model_name_or_path, options), baselines={})
     for name, path in (("reference", options.model_name_or_path), ("dpo", str(folder / "dpo"))):
-        drawn = tgdpo.sample(path, w.prompts, options, tokenizer, None)
-        w.baselines[name] = [sum(row) for row in tgdpo.tiny_truth(tokenizer, w.prompts, drawn)]
+        drawn = tiny_language.sample(path, w.prompts, options, tokenizer, None)
+        w.baselines[name] = [sum(row) for row in tiny_language.tiny_truth(tokenizer, w.prompts, drawn)]
     return w
 
 
@@ -183,15 +184,15 @@ def source_columns(w, name):
 def judge(w, policy, step):
     """What a policy in memory is worth on the world's prompts -> {quantity: mean over prompts or tokens}."""
     torch.manual_seed(1000 * w.options.seed + step)
-    drawn = tgdpo.generate(policy, w.prompts, w.tokenizer)
+    drawn = tiny_language.generate(policy, w.prompts, w.tokenizer)
     rows = datasets.Dataset.from_dict({"prompt_ids": w.prompts, "chosen_ids": drawn})
     logps = {"policy": [], "reference": []}
     for start in range(0, len(rows), 100):
         batch = tgdpo.collate(rows[start:start + 100], "cpu")
         for name, model in (("policy", policy), ("reference", w.reference)):
             logps[name] += model.token_logps(batch).sum(-1).tolist()
-    truth = tgdpo.tiny_truth(w.tokenizer, w.prompts, drawn)
-    legal = tgdpo.tiny_truth(w.tokenizer, w.prompts, drawn, tgdpo.tiny_legal)
+    truth = tiny_language.tiny_truth(w.tokenizer, w.prompts, drawn)
+    legal = tiny_language.tiny_truth(w.tokenizer, w.prompts, drawn, tiny_language.tiny_legal)
     totals, tokens = [sum(row) for row in truth], sum(map(len, drawn))
     row = {"reward": fmean(totals), "gain": fmean(totals) - fmean(w.baselines["reference"]),
            "KL": fmean(a - b for a, b in zip(logps["policy"], logps["reference"])),
@@ -219,12 +220,12 @@ def train_on_pairs(w, setting):
     losses = []
     for step in range(steps):
         batch = pairs.select(tgdpo.pairs_of_step(len(pairs), step, options))
-        table = tgdpo.pass_over(model, batch, options, learn=True)
+        totals = tgdpo.run_pairs(model, batch, options, learn=True)
         tgdpo.clip_gradients(model, options.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(fmean(table["loss"]))
+        losses.append(totals["loss"] / totals["pairs"])
     seconds = time.perf_counter() - began
     return {"loss": fmean(losses[-20:]), "seconds": seconds} | judge(w, model, steps) | facts
 
@@ -250,7 +251,7 @@ def train_on_policy(w, setting, marks):
 
 def work(folder, job, size):
     """One job in a process of its own: a world, or a point in one -> rows of results.jsonl."""
-    tgdpo.quiet()
+    quiet()
     torch.set_num_threads(1)   # the models are small: two processes do more than two threads
     seed, world = job["seed"], Path(folder) / "worlds" / str(job["seed"])
     with redirect_stdout(io.StringIO()):
@@ -271,7 +272,7 @@ def source_credit(w, name):
     """How well a source knows the true rewards of the pairs' tokens."""
     values, worth = [torch.tensor([value for side in source_columns(w, source) for row in side for value in row])
                      for source in (name, "truth")]
-    correlation, auc = tgdpo.credit(values, worth)
+    correlation, auc = tiny_language.credit(values, worth)
     return {"correlation": correlation, "AUC": auc, "rms": values.square().mean().sqrt().item(),
             "share on what matters": (values.abs() * (worth != 0)).sum().item() / values.abs().sum().item(),
             "mean": values.mean().item()}
@@ -632,7 +633,7 @@ def report(folder):
 
 def main(argv):
     """The command line -> exit status."""
-    parser = rto.strict(argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = strict(argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                                 formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("--quick", action="store_true", help="2 seeds and few settings")
     parser.add_argument("--output", default=None, metavar="FOLDER", help="default runs/lab, or runs/lab-quick")
@@ -647,7 +648,7 @@ def main(argv):
         if not options.report:
             run_study(folder, options.quick, options.processes)
         report(folder)
-    return rto.command(go)
+    return command(go)
 
 
 if __name__ == "__main__":

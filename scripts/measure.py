@@ -2,12 +2,12 @@
 """What a run takes, measured: the peak of memory beside plan.py's estimate, tokens a second, use of the peak.
 
     torchrun --nproc_per_node 1 scripts/measure.py run.yaml --gradient_checkpointing true
-    torchrun --nproc_per_node 2 scripts/measure.py run.yaml --device cpu --length 512 --shared_prompt false
+    torchrun --nproc_per_node 2 scripts/measure.py run.yaml --device cpu --length 512
 
 Weights are random, so the model's directory needs no more than config.json; sequences are random tokens, all of
 --length (half of it prompt). One pass of an annotation and a few optimizer steps run through tgdpo.py's own functions.
-The estimate is for the plain layout (--shared_prompt false). On CUDA the memory is what torch has allocated at most; on
-the CPU it is what the process holds at most (Linux), less what it held before.
+On CUDA the memory is what torch has allocated at most; on the CPU it is what the process holds at most (Linux), less
+what it held before.
 """
 import argparse
 import gc
@@ -25,6 +25,7 @@ import transformers
 
 import plan
 import tgdpo
+from common import command
 
 
 def held(what):
@@ -70,8 +71,7 @@ def random_pairs(n, length, vocabulary):
 
 
 def measure(options, length, steps):
-    """-> {"annotate": bytes, "train": bytes, "seconds": of a step, "shared": whether prompts are}; the peaks are this
-    rank's."""
+    """-> {"annotate": bytes, "train": bytes, "seconds": of a step}; the peaks are this rank's."""
     cuda = options.device == "cuda"
     vocabulary = tgdpo.once(tgdpo.load_config, options.model_name_or_path).vocab_size
     pairs = random_pairs(tgdpo.batch_size(options), length, vocabulary)
@@ -79,18 +79,17 @@ def measure(options, length, steps):
     model = tgdpo.load_model(options.model_name_or_path, options)
     # Before any forward, after which FSDP would show gathered weights; AdamW's state comes with the first step.
     optimizer, scheduler, _ = tgdpo.make_optimizer(model, len(pairs), options)
-    options = tgdpo.replace(options, shared_prompt=tgdpo.share_prompts(model, pairs, options))
     forget_peak(options.device)   # loading is another matter: rank 0 has held all the weights
     one_pass = range(options.per_device_train_batch_size * tgdpo.world())
-    tgdpo.pass_over(model, pairs.select(one_pass), options, learn=False)
+    tgdpo.run_pairs(model, pairs.select(one_pass), options, learn=False)
     found = {"annotate": peak(options.device) - before}
     forget_peak(options.device)
     for step in range(steps + 1):
         if step == 1:   # the first one allocates AdamW's state
             torch.cuda.synchronize() if cuda else None
             began = time.perf_counter()
-        tgdpo.pass_over(model, pairs, options, learn=True)
-        tgdpo.clip_gradients(model, options.max_grad_norm or tgdpo.math.inf)
+        tgdpo.run_pairs(model, pairs, options, learn=True)
+        tgdpo.clip_gradients(model, options.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -98,7 +97,7 @@ def measure(options, length, steps):
     if len(optimizer.state) != len([*model.parameters()]):
         raise RuntimeError("the optimizer does not hold all weights; what was measured is not training")
     seconds = (time.perf_counter() - began) / steps
-    return found | {"train": peak(options.device) - before, "seconds": seconds, "shared": options.shared_prompt}
+    return found | {"train": peak(options.device) - before, "seconds": seconds}
 
 
 def main(argv):
@@ -111,26 +110,13 @@ def main(argv):
     parser.add_argument("--peak", type=float, default=989, help="as in plan.py")
     own, rest = parser.parse_known_args(argv)
     transformers.logging.disable_progress_bar()
-    joined = tgdpo.start_processes()
-    try:
-        report(own, tgdpo.once(tgdpo.read_options, rest))
-        status = 0
-    except tgdpo.InputError as e:   # raised on all ranks, or on rank 0: then the others get SystemExit
-        if not tgdpo.rank():
-            print(f"measure.py: error: {e}", file=sys.stderr)
-        status = 2
-    except SystemExit as e:
-        status = e.code
-    if joined:
-        tgdpo.finish_processes()
-    return status
+    return command(lambda: report(own, tgdpo.once(tgdpo.read_options, rest)))
 
 
 def report(own, options):
     """Measure, and print it beside the estimate."""
     if not options.model_name_or_path:
         raise tgdpo.InputError("no --model_name_or_path; expected a model whose configuration is to be measured")
-    tgdpo.check_processes(options)
     name = options.model_name_or_path
     longest = tgdpo.once(plan.longest, name)
     if own.steps < 1 or not 2 <= own.length <= longest:
@@ -152,15 +138,14 @@ def report(own, options):
     where = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
     recompute = "on" if options.gradient_checkpointing else "off"
     print(f"{name}: {about.weights / 1e9:.3f} billion weights; {tgdpo.world()} processes on {where}, {options.dtype}, "
-          f"gradient checkpointing {recompute}, {pairs} pairs in a pass, each of 2 x {own.length} tokens"
-          + ", half of them a prompt that both share" * found[0]["shared"])
+          f"gradient checkpointing {recompute}, {pairs} pairs in a pass, each of 2 x {own.length} tokens")
     for stage in ("annotate", "train"):
         values = " ".join(f"{rank[stage] / plan.GIB:.2f}" for rank in found)
         print(f"{stage:9} estimated {plan.total(estimate[stage]) / plan.GIB:6.2f} GiB, measured on each rank: {values}")
     seconds, batch = max(rank["seconds"] for rank in found), tgdpo.batch_size(options)
-    # Model operations: without what gradient checkpointing computes again; a shared prompt's count once.
+    # Model operations: without what gradient checkpointing computes again.
     plain, response = tgdpo.replace(options, gradient_checkpointing=False), own.length - own.length // 2
-    body = plan.costs(plain, *((1, own.length + response) if found[0]["shared"] else (2, own.length)))[1].both
+    body = plan.costs(plain, 2, own.length)[1].both
     operations = batch * (body + 3 * 2 * 2 * response * about.hidden * about.vocabulary)
     print(f"{seconds:.2f} s a step of {batch} pairs, {batch * 2 * own.length / seconds:.0f} tokens a second; "
           f"{operations / seconds / 1e12:.3g} x 10^12 operations a second"

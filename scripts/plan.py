@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
 """What a run needs, before a GPU is rented: memory on each GPU, floating-point operations, hours.
 
-    python scripts/plan.py scripts/llama3_8b_instruct_pairrm.yaml
-    python scripts/plan.py scripts/llama3_8b_instruct_pairrm.yaml --gpus 4 --gradient_checkpointing false
+    python scripts/plan.py scripts/configs/llama3_8b_instruct_pairrm.yaml
+    python scripts/plan.py scripts/configs/llama3_8b_instruct_pairrm.yaml --gpus 4 --gradient_checkpointing false
 
 Options of tgdpo.py override the file's, as they do there; the plan's own are in --help. It is for runs under torchrun,
 with one GPU too (plain python computes under autocast, which keeps more). Of the model the configuration alone is read;
 data and tokenizer are, for the lengths, if they are on this machine. Activations and operations are not guessed by a
 formula: the model is built without weights (torch's meta device), its blocks run forwards and backwards on tensors
 without content, and torch counts what autograd keeps and what would be multiplied. The rest is arithmetic on what
-section 8 of tgdpo.py does. All is counted for the plain layout, each response with a copy of its prompt; where prompts
-are shared, a run takes less. It is an estimate all the same: allocator, NCCL and CUDA's own memory are allowed for by
-filling a GPU to 90 % only.
+section 8 of tgdpo.py does. scripts/fast.py takes less. It is an estimate all the same: allocator, NCCL and CUDA's own
+memory are allowed for by filling a GPU to 90 % only.
 """
 import argparse
 import math
@@ -109,18 +108,18 @@ def costs(options, sequences, tokens):
 def memory(options, about, cost, responses, shards):
     """Bytes on each GPU at the moment that takes most -> {stage: {part: bytes}}; responses is the number of response
     tokens in a micro-batch."""
-    size = 2 if options.dtype == "bfloat16" else 4
-    logits = min(responses * about.vocabulary, tgdpo.LOGITS_BYTES // 4)   # of them one tensor, and their softmax
-    softmax = (size + 4) * logits
+    size, cast = (2, 4) if options.dtype == "bfloat16" else (4, 0)   # bytes of a logit, and of its copy in float32
+    logits = min(responses * about.vocabulary, tgdpo.LOGITS_BYTES // 4)
+    forward, backward = (size + cast + 4) * logits, 3 * 4 * logits   # with the log-softmax; this and two gradients
     weights = 4 * about.weights / shards
     # Gathered: the rest, once; a block and the one after it, fetched ahead.
     gathered = size * (about.rest + 2 * about.block)
     frozen = {"weights": weights, "gradients": 0, "AdamW": 0, "gathered": gathered,
-              "activations": cost.one_block, "log-probs": softmax}
+              "activations": cost.one_block, "log-probs": forward}
     # While a block's gradient is reduced: the gradient, and its float32 copy. The rest's gradient waits for the end.
     during = {"gathered": gathered + size * (about.rest + about.block) + 4 * about.block,
               "activations": cost.activations + cost.one_block * options.gradient_checkpointing,
-              "log-probs": softmax + 2 * size * responses * about.hidden}
+              "log-probs": backward + 2 * size * responses * about.hidden}
     end = {"gathered": (size + 4) * about.rest, "activations": 0, "log-probs": 0}
     train = {"weights": weights, "gradients": weights, "AdamW": 2 * weights} | max(during, end, key=total)
     return {"annotate": frozen, "train": train}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """RTO, the same token reward as a return: PPO on dense rewards from a DPO model (arXiv 2404.18922, ICML 2025).
 
-    python scripts/rto.py                        the tiny language of tgdpo.py, from nothing to a table, on a laptop
+    python scripts/rto.py                        the tiny language of 31 words, from nothing to a table, on a laptop
     python scripts/rto.py --model_name_or_path MODEL --reward_model DPO_DIR --dataset pairs.jsonl --beta3 0
     python scripts/rto.py --model_name_or_path MODEL --reward_model DPO_DIR --dataset pairs.jsonl --end_reward_model DIR
 
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ import transformers
 from tqdm import tqdm
 
 import tgdpo
+import tiny_language
+from common import command, cut_left, strict
 from tgdpo import InputError, option
 
 
@@ -75,7 +77,7 @@ class Options:
 # beta1 0.5, whose optimum is the DPO model: 3.0 / 3.6 / 33 % after 20 steps, 2.0 / 4.1 / 47 % after 60 (with beta3 0.5:
 # 3.0 / 4.6 / 44 %). beta1 0.25: 1.4 / 0.6 / 12 % after 40, with beta3 0.5 after 20 already 1.8 / 1.1 / 11 %: taken.
 TINY = dict(beta1=0.25, beta2=0.5, beta3=0.5, clip=0.0, value_clip=1.0, steps=40, minibatches=4, learning_rate=3e-4,
-            critic_learning_rate=1e-3, max_new_tokens=tgdpo.NEW_TOKENS)
+            critic_learning_rate=1e-3, max_new_tokens=tiny_language.NEW_TOKENS)
 POSITIVE = "steps rollouts minibatches learning_rate critic_learning_rate ratio_clip value_clip max_new_tokens".split()
 SHARED = "model_name_or_path reward_model dataset dataset_split max_length dtype device seed output_dir".split()
 SCORERS = {"sequence": transformers.AutoModelForSequenceClassification,   # one score, read at the last token
@@ -165,27 +167,28 @@ def make_critic(path, options):
     return read_scorer("token", path, options, new_head=True)
 
 
-def token_scores(model, batch, columns, options):
-    """A token classifier's score at columns (B, R) of input_ids -> float32 (B, R), 0 on padding."""
+def token_scores(model, batch, ahead, options):
+    """A token classifier's score of each response token -> float32 (N, R), 0 on padding: read at the state that predicts
+    it (ahead 0), or at the token itself, which stands one place after that (ahead 1)."""
     with torch.autocast(model.device.type, getattr(torch, options.dtype), enabled=options.dtype != "float32"):
-        scores = model(input_ids=batch["input_ids"], use_cache=False).logits[..., 0]    # (B, T)
-    return scores.float().gather(1, columns) * batch["mask"]
+        scores = model(input_ids=batch["input_ids"], use_cache=False).logits[..., 0]    # (N, T)
+    return tgdpo.in_rows(scores.float().flatten()[batch["states"] + ahead], batch)
 
 
 def state_values(critic, batch, options):
-    """V(s_t) of the states that predict the response's tokens, before these are seen -> (B, R)."""
-    return token_scores(critic, batch, batch["states"], options)
+    """V(s_t) of the states that predict the response's tokens, before these are seen -> (N, R)."""
+    return token_scores(critic, batch, 0, options)
 
 
 def response_scores(kind, model, batch, options):
-    """r_end of each response of a batch -> float32 (B,). A token stands one column after the state that predicts it."""
+    """r_end of each response of a batch -> float32 (N,)."""
     if kind == "token":
-        return token_scores(model, batch, batch["states"] + batch["mask"], options).sum(-1)
+        return token_scores(model, batch, 1, options).sum(-1)
     # The classifier's own forward looks for the last token by the padding id, which may be that of the end token.
     with torch.autocast(model.device.type, getattr(torch, options.dtype), enabled=options.dtype != "float32"):
-        hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state      # (B, T, H)
-        last = batch["states"].amax(-1) + 1                                             # (B,)
-        return model.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float()
+        hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state      # (N, T, H)
+        last = batch["states"][batch["mask"].sum(-1).cumsum(0) - 1] + 1   # places of the last tokens, (N,)
+        return model.score(hidden.flatten(0, 1)[last])[:, 0].float()
 
 
 def make_end_reward(kind, model, options):
@@ -219,8 +222,14 @@ def train_reward_model(kind, start, pairs, options, folder):
 
 # ---------------------------------------------------------------------------------------------------------- 3. PPO
 def rows_of(batch, rows):
-    """Some rows of a batch."""
-    return {name: values[rows] for name, values in batch.items()}
+    """Some rows of a batch; what collate keeps flat, one entry a response token, is made anew for them."""
+    lengths, width = batch["mask"].sum(-1), batch["input_ids"].shape[1]
+    first = batch["states"][lengths.cumsum(0) - lengths] % width                        # state before a response, (N,)
+    part = {name: values[rows] for name, values in batch.items() if name not in ("labels", "states", "places")}
+    mask, places = part["mask"], torch.arange(len(rows), device=first.device)[:, None]
+    states = (width * places + first[rows][:, None] + torch.arange(part["mask"].shape[1], device=first.device))[mask]
+    return part | {"states": states, "labels": part["input_ids"].flatten()[states + 1],
+                   "places": mask.flatten().nonzero().squeeze(1)}
 
 
 def in_parts(batch, options, score):
@@ -233,7 +242,7 @@ def in_parts(batch, options, score):
 def roll_out(policy, critic, reference, dpo, end_reward, prompts, tokenizer, options):
     """Draw a response to each prompt and score its tokens -> (batch with old_logps, old_values, returns and whitened
     advantages, all (B, R); metrics)."""
-    responses = tgdpo.generate(policy, prompts, tokenizer, new_tokens=options.max_new_tokens)
+    responses = tiny_language.generate(policy, prompts, tokenizer, new_tokens=options.max_new_tokens)
     batch = tgdpo.collate({"prompt_ids": prompts, "chosen_ids": responses}, policy.device)
     mask = batch["mask"]                                                                # (B, R)
     old, ref, theirs = [in_parts(batch, options, model.token_logps) for model in (policy, reference, dpo)]
@@ -260,9 +269,9 @@ def learn(policy, critic, optimizers, batch, options):
                 value_loss(values, part["old_values"], part["returns"], mask, options.value_clip))
         for model, loss, optimizer in zip((policy, critic), both, optimizers):
             loss.backward()
-            norm = tgdpo.clip_gradients(model, options.max_grad_norm or math.inf)
+            norm = tgdpo.clip_gradients(model, options.max_grad_norm)
             if not math.isfinite(norm):
-                raise FloatingPointError("the gradient is not finite; try smaller learning rates")
+                raise tgdpo.Diverged("the gradient is not finite; try smaller learning rates")
             optimizer.step()
             optimizer.zero_grad()
         losses.append([loss.item() for loss in both])
@@ -298,24 +307,21 @@ def train(policy, critic, reference, dpo, end_reward, prompts, tokenizer, option
 
 
 # ------------------------------------------------------------------------------------------------------------ 4. main
-def strict(parser):
-    """A parser whose complaints become InputErrors, one line each; argparse itself would print several."""
-    def fail(message):
-        raise InputError(message)
-    parser.error = fail
-    return parser
-
-
 def read_options(argv):
     """Command line -> (Options, tgdpo.Options with what both share, checked and filled in by tgdpo.py)."""
     parser = transformers.HfArgumentParser(Options, prog="rto.py", allow_abbrev=False,
                                            epilog=f"Without --model_name_or_path: {TINY}")
 
     strict(parser)
-    if not any(arg.split("=")[0].replace("-", "_") == "__model_name_or_path" for arg in argv):
+    tiny = not any(arg.split("=")[0].replace("-", "_") == "__model_name_or_path" for arg in argv)
+    if tiny:
         parser.set_defaults(**TINY)
     o = Options(**vars(parser.parse_args(argv)))
-    base = tgdpo.read_options([f"--{name}={getattr(o, name)}" for name in SHARED if getattr(o, name) is not None])
+    given = [name for name in ("dataset", "reward_model", "end_reward_model") if getattr(o, name)]
+    if tiny and given:
+        raise InputError(f"--{given[0]} without --model_name_or_path; expected both, or neither for the tiny language")
+    shared = [f"--{name}={getattr(o, name)}" for name in SHARED if getattr(o, name) is not None]
+    base = (tiny_language if tiny else tgdpo).read_options(shared)
     o = replace(o, **{name: getattr(base, name) for name in SHARED})
     o.end_reward_model = o.end_reward_model and os.path.expanduser(o.end_reward_model)
     check_options(o)
@@ -336,29 +342,23 @@ def check_options(o):
     if o.max_new_tokens >= o.max_length:
         raise InputError(f"--max_new_tokens is {o.max_new_tokens}; expected less than --max_length, {o.max_length}, "
                          "which counts the prompt too")
-    given = [name for name in ("dataset", "reward_model", "end_reward_model") if getattr(o, name)]
-    if not o.model_name_or_path and given:
-        raise InputError(f"--{given[0]} without --model_name_or_path; expected both, or neither for the tiny language")
     if o.model_name_or_path and o.beta1 and not o.reward_model:
         raise InputError(f"--beta1 is {o.beta1} without --reward_model; expected a DPO-trained model, or --beta1 0")
     if o.model_name_or_path and o.beta3 and not o.end_reward_model:
         raise InputError(f"--beta3 is {o.beta3} without --end_reward_model; expected a reward model, or --beta3 0")
 
 
-def read_prompts(options):
+def read_prompts(options, base):
     """-> (tokenizer, prompts cut at their left ends so that max_new_tokens fit, counts)."""
+    tokenizer, pairs, counts = tgdpo.read_data(replace(base, ref_model=options.end_reward_model))
     names = [name for name in (options.model_name_or_path, options.reward_model, options.end_reward_model) if name]
-    tokenizer = tgdpo.load_tokenizer(options.model_name_or_path)
-    positions = [getattr(tgdpo.load_config(name), "max_position_embeddings", None) for name in names]
-    length = min([options.max_length] + [n for n in positions if n])
-    if options.max_new_tokens >= length:
+    length = min([options.max_length] + [getattr(tgdpo.load_config(name), "max_position_embeddings", None)
+                                         or options.max_length for name in names])
+    room, bos = length - options.max_new_tokens, tokenizer.bos_token_id
+    if room < 1:
         raise InputError(f"--max_new_tokens is {options.max_new_tokens}; expected less than {length}, the positions of "
                          "a model")
-    pairs, counts = tgdpo.tokenize(tgdpo.load_rows(options.dataset, options.dataset_split), tokenizer, length,
-                                   options.dataset)
-    tgdpo.check_models(names, tokenizer, pairs)
-    room, bos = [[0] * options.max_new_tokens], tokenizer.bos_token_id   # zeros stand for the response
-    return tokenizer, [tgdpo.truncate(ids, room, length, bos)[0] for ids in pairs["prompt_ids"]], counts
+    return tokenizer, [cut_left(ids, room, bos) for ids in pairs["prompt_ids"]], counts
 
 
 def run(options, tokenizer, prompts, counts):
@@ -390,32 +390,16 @@ def run_tiny(options, base):
     """From nothing to a table: a language model, pairs, a DPO model, an end reward, RTO, and what each is worth."""
     folder = Path(options.output_dir)
     start, dpo, end, file = [folder / name for name in ("start_model", "dpo", "end_reward_model", "pairs.jsonl")]
-    tokenizer, pairs, counts, prompts = tgdpo.tiny_data(base, start, file)
+    tokenizer, pairs, counts, prompts = tiny_language.tiny_data(base, start, file)
     base = replace(base, loss="dpo", model_name_or_path=str(start), dataset=str(file))
-    found = tgdpo.run(replace(base, output_dir=str(dpo)), tokenizer, pairs, counts)
+    tgdpo.reward_then_train(replace(base, output_dir=str(dpo)), tokenizer, pairs, counts)
     if options.beta3:
         train_reward_model("sequence", start, pairs, options, end)
     options = replace(options, model_name_or_path=str(start), reward_model=str(dpo), end_reward_model=str(end),
                       dataset=str(file), output_dir=str(folder / "rto"))
     run(options, tokenizer, pairs["prompt_ids"], counts)
-    tgdpo.tiny_report(base, tokenizer, found | {"rto": options.output_dir}, prompts, known=True)
-
-
-def command(work):
-    """Run what a companion does -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off; 130 for
-    Ctrl-C; each but 0 with one line that says why."""
-    tgdpo.quiet()
-    try:
-        work()
-        return 0
-    except InputError as e:
-        status, text = 2, f"error: {e}"
-    except FloatingPointError as e:
-        status, text = 1, f"stopped: {e}"
-    except KeyboardInterrupt:
-        status, text = 130, "interrupted"
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-    return status
+    found = {"reference": str(start), "dpo": str(dpo), "rto": options.output_dir}
+    tiny_language.tiny_report(base, tokenizer, found, prompts)
 
 
 def main(argv):
@@ -426,7 +410,7 @@ def main(argv):
         options, base = read_options(argv)
         tgdpo.open_folder(Path(options.output_dir), options)
         if options.model_name_or_path:
-            run(options, *read_prompts(options))
+            run(options, *read_prompts(options, base))
         else:
             run_tiny(options, base)
         print(f"done: {options.output_dir}")

@@ -5,7 +5,7 @@ in which they stand beside DPO's as a regulariser.
     python scripts/treg.py annotate --model_name_or_path MODEL --dataset pairs.jsonl --output rewarded.jsonl
     python scripts/treg.py train --model_name_or_path MODEL --dataset rewarded.jsonl --alpha 0.25      T-REG
     python tgdpo.py --model_name_or_path MODEL --dataset rewarded.jsonl               TGDPO with the same token rewards
-    python scripts/treg.py tiny --output_dir DIR          all of it from nothing, on the tiny language of tgdpo.py
+    python scripts/treg.py tiny --output_dir DIR          all of it from nothing, on scripts/tiny_language.py
 
 `train` is tgdpo.py with another loss: its options, its files, torchrun. Without chosen_rewards and rejected_rewards in
 the data, its token rewards are a DPO model's, as TGDPO's are. `annotate` takes tgdpo.py's options for model and data.
@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 
 import tgdpo
-from tgdpo import InputError
-from rto import command, strict
-from token_rewards import check_output, write_rewards
+import tiny_language
+from common import check_output, command, cut_left, strict, whole_tokens, write_rewards
 
 # Behind the prompt, since what is too long loses its left end.
 BETTER = "{prompt}\n\nYour answer must be helpful, correct, coherent and concise."
@@ -42,8 +41,8 @@ def treg_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
 
     ℓ stands in for log π, from which it differs by a constant: the same gradient, and a loss of ln 2 at the start.
     """
-    chosen_ratios = policy_chosen_logps - ref_chosen_logps                              # ℓ_t of y_w, (B, T)
-    rejected_ratios = policy_rejected_logps - ref_rejected_logps                        # ℓ_t of y_l, (B, T)
+    chosen_ratios = policy_chosen_logps - ref_chosen_logps                              # ℓ_t of y_w, (B, R)
+    rejected_ratios = policy_rejected_logps - ref_rejected_logps                        # ℓ_t of y_l, (B, R)
     phi = beta * chosen_ratios.sum(-1) - beta * rejected_ratios.sum(-1)                 # φ_DPO, (B,)
     weight = torch.sigmoid(-phi).detach()                                               # w, (B,)
     # (9a)  L = -log σ(φ_DPO) - α w Σ_t β r̂_t log π(y_t|s_t), over both responses, w = σ(-φ_DPO)
@@ -52,7 +51,9 @@ def treg_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
     return losses, beta * chosen_ratios.sum(-1).detach(), beta * rejected_ratios.sum(-1).detach()
 
 
-tgdpo.GUIDED["treg"] = treg_loss   # from here on tgdpo.py knows --loss treg
+# From here on tgdpo.py knows --loss treg.
+tgdpo.LOSSES["treg"] = lambda logps, batch, o: treg_loss(
+    *logps, *batch["ref_logps"], *batch["rewards"], o.beta, o.alpha)
 
 
 # -------------------------------------------------------------------------------------------------- the token rewards
@@ -68,26 +69,27 @@ def asked(rows, pairs, tokenizer, positions, template):
     was cut is cut to as many tokens of its own, at its left end, as far as the model's number of positions allows."""
     prompts = []
     for pair in pairs:
-        turns, *texts = tgdpo.read_pair(rows[pair["index"]], tokenizer.chat_template is not None)
-        plain, wrapped = [tgdpo.encode(tokenizer, some, texts)[0] for some in (turns, wrap(turns, template))]
-        responses = [pair["chosen_ids"], pair["rejected_ids"]]
-        length = len(pair["prompt_ids"]) + len(wrapped) - len(plain) + max(map(len, responses))
-        prompts.append(tgdpo.truncate(wrapped, responses, min(positions, length), tokenizer.bos_token_id)[0])
-    return datasets.Dataset.from_dict(
-        {"prompt_ids": prompts, "chosen_ids": pairs["chosen_ids"], "rejected_ids": pairs["rejected_ids"]})
+        turns, answers = tgdpo.read_pair(rows[pair["index"]])
+        (plain, _), (wrapped, _) = [
+            whole_tokens({"prompt": some} | {side: [answer] for side, answer in zip(tgdpo.SIDES, answers)}, tokenizer)
+            for some in (turns, wrap(turns, template))]
+        room = positions - max(len(pair[ids]) for ids in tgdpo.IDS)
+        room = min(room, len(pair["prompt_ids"]) + len(wrapped) - len(plain))
+        prompts.append(cut_left(wrapped, room, tokenizer.bos_token_id))
+    return datasets.Dataset.from_dict({"prompt_ids": prompts} | {ids: pairs[ids] for ids in tgdpo.IDS})
 
 
 def contrastive_rewards(name, rows, pairs, tokenizer, options, better=BETTER, worse=WORSE):
     """What a model thinks of each token, by how much likelier it is when a good answer is asked for than when a bad one
     is: within ±1/2 -> columns as tgdpo.add_columns takes them. Source: paper notes (derivation.md, section 9)."""
-    for template in (better, worse):
-        if "{prompt}" not in template:
-            raise InputError(f"the instruction {template!r} has no {{prompt}} in it; expected it where the prompt goes")
-    positions = getattr(tgdpo.load_config(name), "max_position_embeddings", None) or sys.maxsize
-    logps = [tgdpo.annotate(name, asked(rows, pairs, tokenizer, positions, template), options, title)
-             for template, title in ((better, "annotate: better"), (worse, "annotate: worse"))]
+    logps, positions = [], getattr(tgdpo.load_config(name), "max_position_embeddings", None) or sys.maxsize
+    for template, column in ((better, "better"), (worse, "worse")):
+        tgdpo.need("{prompt}" in template, f"the instruction {template!r} has no {{prompt}} in it; expected it where "
+                   "the prompt goes")
+        judged = tgdpo.annotate(asked(rows, pairs, tokenizer, positions, template), column, name, options)
+        logps.append([judged.with_format("torch")[f"{side}_{column}"] for side in tgdpo.SIDES])
     # (9d)  r̂_t = σ( log π_ref(y_t | x_better, y_<t) - log π_ref(y_t | x_worse, y_<t) ) - 1/2
-    return [[torch.tensor(high - low).sigmoid().sub(0.5).tolist() for high, low in zip(*side)] for side in zip(*logps)]
+    return [[(high - low).sigmoid().sub(0.5).tolist() for high, low in zip(*side)] for side in zip(*logps)]
 
 
 def annotate(argv):
@@ -99,13 +101,11 @@ def annotate(argv):
     parser.add_argument("--worse", default=WORSE, help="the prompt's template for a bad answer")
     mine, rest = parser.parse_known_args(argv)
     options = tgdpo.read_options(rest)
+    tgdpo.need(options.model_name_or_path, "--model_name_or_path is missing; expected the model that judges its tokens")
     check_output(mine.output)
-    if not options.model_name_or_path:
-        raise InputError("--model_name_or_path is missing; expected the model that judges its tokens")
     rows = tgdpo.load_rows(options.dataset, options.dataset_split)
     tokenizer, pairs, _ = tgdpo.read_data(options)
     name = options.ref_model or options.model_name_or_path
-    tgdpo.check_models([name], tokenizer, pairs)
     columns = contrastive_rewards(name, rows, pairs, tokenizer, options, mine.better, mine.worse)
     write_rewards(mine.output, rows, pairs, columns, tokenizer)
 
@@ -115,44 +115,39 @@ def prefixed_language_model(tokenizer, options, folder):
     """A tiny language model that knows what "good" and "bad" in front of a prompt ask for: half of its sentences have
     such a word, by the sign of what they earn, the others have none."""
     rng, texts = random.Random(options.seed), []
-    for noun in rng.choices(tgdpo.NOUNS, k=20000):
-        words = tgdpo.tiny_sentence(noun, rng)
-        worth = sum(tgdpo.tiny_rewards(noun, words))
+    for noun in rng.choices(tiny_language.NOUNS, k=20000):
+        words = tiny_language.tiny_sentence(noun, rng)
+        worth = sum(tiny_language.tiny_rewards(noun, words))
         prefix = rng.choice(["", "good " if worth > 0 else "bad " if worth < 0 else ""])
-        texts.append(tokenizer(f"{prefix}describe the {noun} : {' '.join(words)}").input_ids)
-    folder.mkdir(parents=True, exist_ok=True)
-    tgdpo.tiny_language_model(texts, tokenizer, options, folder)
+        texts.append(f"{prefix}describe the {noun} : {' '.join(words)}")
+    tiny_language.language_model(texts, tokenizer, options, folder)
 
 
 def tiny(argv):
     """The command `tiny`: a language model, its pairs and its own token rewards; then DPO, T-REG and TGDPO."""
-    options = tgdpo.read_options(["--alpha=0.25", *argv])
-    if options.model_name_or_path or options.dataset:
-        raise InputError("tiny makes its own model and data; expected neither --model_name_or_path nor --dataset")
+    options = tiny_language.read_options(["--alpha=0.25", *argv])
     folder = Path(options.output_dir)
     tgdpo.open_folder(folder, options)
     start, file = folder / "start_model", folder / "pairs.jsonl"
-    tokenizer = tgdpo.tiny_tokenizer(None, options.max_length)
-    if not (start / "config.json").exists():
-        prefixed_language_model(tokenizer, options, start)
+    tokenizer = tiny_language.tiny_tokenizer(options.max_length)
+    prefixed_language_model(tokenizer, options, start)
     if not file.exists():
-        tgdpo.tiny_pairs(start, tokenizer, options, file)
+        tiny_language.tiny_pairs(start, tokenizer, options, file)
     rows = tgdpo.load_rows(str(file), None)
     pairs, counts = tgdpo.tokenize(rows, tokenizer, options.max_length, str(file))
     columns = contrastive_rewards(str(start), rows, pairs, tokenizer, options, "good {prompt}", "bad {prompt}")
-    truth = [tgdpo.tiny_truth(tokenizer, pairs["prompt_ids"], pairs[side]) for side in ("chosen_ids", "rejected_ids")]
+    truth = [tiny_language.tiny_truth(tokenizer, pairs["prompt_ids"], pairs[ids]) for ids in tgdpo.IDS]
     values = [torch.tensor([value for side in table for row in side for value in row]) for table in (columns, truth)]
-    correlation, auc = tgdpo.credit(*values)
+    correlation, auc = tiny_language.credit(*values)
     print(f"the model's own token rewards and the true ones: correlation {correlation:.3f}, AUC {auc:.3f}")
-    pairs = tgdpo.add_columns(pairs, "rewards", columns)
-    found = {}
+    pairs, found = tgdpo.add_columns(pairs, "rewards", columns), {"reference": str(start)}
     for loss in ("dpo", "treg", "tgdpo"):
-        stage = replace(options, model_name_or_path=str(start), dataset=str(file), loss=loss,
-                        output_dir=str(folder if loss == "treg" else folder / loss))
-        found |= tgdpo.run(stage, tokenizer, pairs, counts)
+        found[loss] = str(folder if loss == "treg" else folder / loss)
+        stage = replace(options, model_name_or_path=str(start), dataset=str(file), loss=loss, output_dir=found[loss])
+        tgdpo.reward_then_train(stage, tokenizer, pairs, counts)
     prompts = tokenizer([f"describe the {noun} :" for noun in random.Random(options.seed + 1).choices(
-        tgdpo.NOUNS, k=tgdpo.TINY_PROMPTS)]).input_ids
-    tgdpo.tiny_report(replace(options, loss="treg"), tokenizer, found, prompts, known=True)
+        tiny_language.NOUNS, k=tiny_language.TINY_PROMPTS)]).input_ids
+    tiny_language.tiny_report(replace(options, loss="treg"), tokenizer, found, prompts)
 
 
 def main(argv):

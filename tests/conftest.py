@@ -7,12 +7,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub for something must fail at once, not wait
 os.environ["OMP_NUM_THREADS"] = "1"  # small models; on a busy machine two threads wait for each other
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import tgdpo
 
@@ -64,6 +65,26 @@ def word_tokenizer(bos=False, eos=True, template=None, special=("<|im_start|>", 
     return tokenizer
 
 
+def word_pieces(texts, size=4096):
+    """A byte-level BPE of `size` tokens, trained on texts, whose template ends each turn with <eos>, token 2."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<unk>", "<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=alphabet),
+    )
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", chat_template=template,
+        additional_special_tokens=special[3:],
+    )
+
+
 def ids(text):
     """The token ids of words of the tokenizer above."""
     vocabulary = ["<unk>", "<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "\n", *WORDS]
@@ -113,10 +134,11 @@ def write_rows(path, rows):
 
 
 class Bench:
-    """A folder with a model, a reward model and eight pairs; `train` runs the command line in this process."""
+    """A folder with a model, a reward model and eight pairs; `train` runs the command line in this process, of tgdpo.py
+    or of scripts/fast.py."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, script=tgdpo):
+        self.folder, self.script = folder, script
         self.model = make_model(folder / "model", scale=4.0)
         self.reward_model = make_model(folder / "reward_model", scale=4.0, seed=1)
         self.data = write_rows(folder / "pairs.jsonl", eight_pairs())
@@ -141,7 +163,7 @@ class Bench:
     def train(self, *flags, status=0, **options):
         """-> (rows of metrics.jsonl, output folder)."""
         argv = self.argv(*flags, **options)
-        assert tgdpo.main(argv) == status
+        assert self.script.main(argv) == status
         out = Path(next(a for a in argv if a.startswith("--output_dir=")).split("=", 1)[1])
         return rows_of(out), out
 
@@ -153,5 +175,6 @@ def rows_of(out, evaluation=False):
 
 
 @pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
+def bench(tmp_path, request):
+    """With what the test module calls tgdpo: tgdpo.py, or scripts/fast.py under that name."""
+    return Bench(tmp_path, request.module.tgdpo)

@@ -4,9 +4,7 @@ costs seconds. Findings go to OUT.json (rank 0); test_fsdp.py asserts on them.""
 import gc
 import json
 import sys
-import time
 import weakref
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -66,11 +64,11 @@ def compare_with_plain(path, folder, **changes):
     return found
 
 
-def table(path):
-    """The metrics of seven pairs, pair by pair, from passes of one pair."""
+def totals(path):
+    """What run_pairs says of seven pairs, from passes of one pair."""
     options = tgdpo.Options(loss="simpo", device="cpu", dtype="float32", per_device_train_batch_size=1)
     pairs, _ = tgdpo.tokenize(eight_pairs()[:7], tgdpo.load_tokenizer(path), 64, "pairs")
-    return tgdpo.pass_over(tgdpo.load_model(path, options), pairs, options, learn=False)
+    return tgdpo.run_pairs(tgdpo.load_model(path, options), pairs, options, learn=False)
 
 
 def bfloat16(path):
@@ -101,15 +99,6 @@ def loading(path):
     return {"taken": taken, "freed": alive() is None}
 
 
-def waiting():
-    """Rank 0 takes longer than a collective may: the others wait all the same -> what it returned, on the last rank."""
-    default = dist.distributed_c10d._get_default_group()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), default)
-    value = tgdpo.once(lambda: time.sleep(3) or "patient")
-    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), default)
-    return tgdpo.gather(value)[-1]
-
-
 def unfinish(out):
     """Leave a run as a kill after its fourth step would: unfinished, no model, half a row, no later checkpoint."""
     run, metrics = Path(out) / "run.json", Path(out) / "metrics.jsonl"
@@ -126,23 +115,20 @@ def main(job):
         found["models"][name] = compare_with_plain(path, Path(out), **changes)
     tgdpo.LOGITS_BYTES = 2**27
     if "large" in job:
-        found |= {"loading": loading(job["large"]), "waiting": waiting()}
-        found["table"] = table(job["models"]["llama, untied"][0])
+        found["loading"] = loading(job["large"])
+        found["totals"] = totals(job["models"]["llama, untied"][0])
         found["bfloat16"] = bfloat16(job["models"]["llama, untied"][0])
-    original = tgdpo.add_columns
     for run in job["runs"]:
         for name, value in run.get("set", {}).items():
             setattr(tgdpo, name, value)
-        if run.get("spoil") and tgdpo.os.environ["RANK"] == "1":  # this rank trains on other token columns
-            tgdpo.add_columns = lambda pairs, name, columns: original(pairs, name, [c[::-1] for c in columns])
         if "unfinish" in run:
             tgdpo.once(unfinish, run["unfinish"])
         if "damage" in run:
             tgdpo.once(Path(run["damage"]).write_bytes, b"half a file")
         argv = run["argv"] + ([f"--seed={tgdpo.os.environ['RANK']}"] if run.get("own seed") else [])
         found["statuses"].append(tgdpo.main(argv))
-        tgdpo.add_columns = original
-    tgdpo.finish_processes()
+    dist.barrier()
+    dist.destroy_process_group()
     if tgdpo.os.environ["RANK"] == "0":
         Path(job["out"]).write_text(json.dumps(found))
 

@@ -2,19 +2,16 @@
 
 import re
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import transformers
 
+import benchmark
+import fast
 import tgdpo
 from conftest import eight_pairs, small_config, write_rows
-
-sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
-
-import benchmark
 
 SMALL = ["--layers", "1", "--width", "16", "--vocabulary", "300", "--tokens", "64", "--batch", "4"]
 
@@ -44,12 +41,14 @@ def test_a_process_reports_its_last_line_its_time_and_its_memory():
         benchmark.process([sys.executable, "-c", "raise ValueError('no such thing')"], "it")
 
 
-@pytest.mark.parametrize("data", ["random", "own"])
-def test_rates_of_both_stages(data, tmp_path, capsys):
+@pytest.mark.parametrize("data, script", [("random", "tgdpo.py"), ("own", "fast.py")])
+def test_rates_of_both_stages(data, script, tmp_path, capsys):
     own = ["--dataset", write_rows(tmp_path / "p.jsonl", eight_pairs())] if data == "own" else ["--pairs", "8"]
-    assert benchmark.main([*own, *SMALL]) == 0
+    assert benchmark.main([*own, *SMALL, "--script", script]) == 0
     out = capsys.readouterr().out
-    assert "8 pairs read, 8 used" in out and re.search(r"multiplies matrices at [1-9]\d* x 10\^9", out)
+    assert "8 pairs read, 8 used" in out
+    assert [line.split(":")[0] for line in out.splitlines() if "multiplies matrices at" in line] == [script]
+    assert re.search(r"multiplies matrices at [1-9]\d* x 10\^9", out)
     for stage in ("annotate", "train"):
         pairs, tokens, share, peak = map(float, re.search(rf"{stage} +(\S+) +(\S+) +(\S+) +(\S+)\n", out).groups())
         assert tokens > pairs > 0 and share < 1 and 0.2 < peak < 3
@@ -57,33 +56,38 @@ def test_rates_of_both_stages(data, tmp_path, capsys):
 
 def test_growth_over_one_quantity(monkeypatch, capsys):
     monkeypatch.setitem(benchmark.GROW, "tokens", (64, 128))
-    assert benchmark.main(["--grow", "tokens"]) == 0
+    assert benchmark.main(["--grow", "tokens", "--script", "fast.py"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"\n +64 .*\n +128 .*\n +grows as +t\^", out) and "layers " not in out
+    assert re.search(r"\nfast.py\n.*\n +64 .*\n +128 .*\n +grows as +t\^", out)
+    assert "tgdpo.py" not in out and "layers " not in out
 
 
 @pytest.mark.parametrize("trick", benchmark.WITHOUT)
 def test_without_a_trick_the_numbers_are_the_same(trick, tmp_path, monkeypatch):
     """What is left out is left out, and nothing else: loss and gradient of a step, by a GPT-2."""
-    places = {tgdpo: ["collate", "share_prompts", "CPU_TOKENS", "BLOCK_BYTES"], tgdpo.LabelLogps: ["apply"]}
-    places |= {transformers.activations: ["GELUTanh"]}
-    before = [getattr(place, name) for place, names in places.items() for name in names]
+    places = {tgdpo: ["CPU_TOKENS"], fast: ["refusal", "BLOCK_BYTES", "GELUTanh"], fast.LabelLogps: ["apply"]}
     for place, names in places.items():  # put back after the test
         [monkeypatch.setattr(place, name, getattr(place, name)) for name in names]
+    monkeypatch.setattr(fast, "OWN", dict(fast.OWN))
+    state = lambda: [getattr(place, name) for place, names in places.items() for name in names] + [*fast.OWN.values()]
 
     def step():
-        options = tgdpo.Options(device="cpu", dtype="float32", loss="simpo", per_device_train_batch_size=4)
-        model = tgdpo.load_model(model_folder, options)
-        options = tgdpo.replace(options, shared_prompt=tgdpo.share_prompts(model, pairs, options))
-        table = tgdpo.pass_over(model, pairs, options, learn=True)
-        return torch.tensor(table["loss"]), torch.cat([p.grad.flatten() for p in model.parameters()])
+        argv = ["--model_name_or_path", model_folder, "--dataset", "-", "--device=cpu", "--loss=simpo"]
+        with fast.faster():
+            options = tgdpo.read_options([*argv, "--per_device_train_batch_size=4"])
+            fast.choose(pairs, options)
+            model = tgdpo.load_model(model_folder, options)
+            totals = tgdpo.run_pairs(model, pairs, options, learn=True)
+        assert fast.RUN.shared == (trick != "shared_prompts" or not left_out)
+        return torch.tensor(totals["loss"]), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     own = benchmark.read_argv([*SMALL, "--pairs", "6"])
     _, model_folder, _, pairs = benchmark.prepare(own, tmp_path)
+    left_out, before = False, state()
     whole = step()
-    benchmark.leave_out(trick, tgdpo)
-    after = [getattr(place, name) for place, names in places.items() for name in names]
-    assert sum(a != b for a, b in zip(after, before)) == (trick != "large_pages")
+    benchmark.leave_out(trick)
+    left_out = True
+    assert sum(a != b for a, b in zip(state(), before)) == (trick != "large_pages")
     torch.testing.assert_close(step(), whole, atol=1e-5, rtol=1e-4)
 
 
@@ -102,6 +106,7 @@ def test_what_a_trick_brings_is_said_for_time_and_memory(capsys):
         (["--grow", "--without", "gelu"], "expected one of them"),
         (["--against", "trl", "--trl_python", "/no/python"], "/no/python cannot import TRL"),
         (["--dataset", "nothing.json"], "nothing.json"),
+        (["--script", "slow.py"], "argument --script: invalid choice: 'slow.py'"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(argv, message, capsys):
@@ -110,7 +115,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(argv, message, capsys):
     assert message in error and error.startswith("benchmark.py: error: ") and error.count("\n") == 1
 
 
-def test_whole_runs_beside_another_trainer(tmp_path, monkeypatch, capsys):
+def test_whole_runs_beside_another_trainer(tmp_path, capsys):
     """TRL is not among the tests' packages: a process that takes its place shows that both get the same pairs."""
     fake = tmp_path / "python"
     fake.write_text(
@@ -131,6 +136,7 @@ def test_whole_runs_beside_another_trainer(tmp_path, monkeypatch, capsys):
     assert benchmark.main(argv) == 0
     out = capsys.readouterr().out
     assert "TRL 1.16.0" in out and "2 steps of 4 pairs" in out
-    ratios = dict(re.findall(r"^(TRL, DPO|tgdpo.py, T?G?DPO) .*?(\d+\.\d\d) \(", out, re.M))
-    assert float(ratios["TRL, DPO"]) == 1
-    assert all(float(ratios[name]) > 10 for name in ("tgdpo.py, DPO", "tgdpo.py, TGDPO"))
+    ratios = dict(re.findall(r"^(\S+, T?G?DPO) .*?(\d+\.\d\d) \(", out, re.M))
+    assert float(ratios.pop("TRL, DPO")) == 1
+    assert [*ratios] == ["tgdpo.py, DPO", "tgdpo.py, TGDPO", "fast.py, DPO", "fast.py, TGDPO"]
+    assert all(float(ratio) > 10 for ratio in ratios.values())

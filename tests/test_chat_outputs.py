@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import transformers
 import tgdpo
 from conftest import CHATML, ids, make_model, word_tokenizer, write_rows
 
-sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
+
 
 import chat_outputs
 
@@ -193,8 +192,8 @@ SHAPES = {
     "formatted already": dict(prompt="<bos> <|im_start|> red"),
     "messages": dict(prompt=[SYSTEM, USER]),
     "talk": dict(prompt=[USER, dict(role="assistant", content="no ."), USER]),
-    "instruction": dict(instruction="red cat ?", input="one two", history=[["dog ?", "no ."]]),
-    "sharegpt": dict(conversations=[{"from": "human", "value": "red cat ?"}], system="blue"),
+    "instruction": dict(instruction="red cat ?", input="one two"),
+    "sharegpt": dict(conversations=[{"from": "human", "value": "red cat ?"}]),
 }
 
 
@@ -202,8 +201,8 @@ SHAPES = {
 def test_prompts_are_those_of_training(name):
     tokenizer = word_tokenizer(**TOKENIZERS[name])
     for row in SHAPES.values():
-        want = tgdpo.tokenize([row | dict(chosen="yes .", rejected="no")], tokenizer, 64, "test")[0][0]["prompt_ids"]
-        (messages,) = chat_outputs.read_rounds(row, "alpaca_eval", tokenizer.chat_template is not None)
+        want = tgdpo.tokenize([row | dict(chosen=" yes .", rejected=" no")], tokenizer, 64, "test")[0][0]["prompt_ids"]
+        (messages,) = chat_outputs.read_rounds(row, "alpaca_eval")
         assert chat_outputs.prompt_ids(tokenizer, messages, 0) == want
         if tokenizer.bos_token_id is not None and "<bos>" not in str(row):
             assert want.count(2) == 1 and want[0] == 2
@@ -216,7 +215,7 @@ def test_rows_of_other_files():
         dict(prompt=[USER], messages=[USER, dict(role="assistant", content="no")]),
         dict(chosen=[USER, dict(role="assistant", content="no")], rejected=[USER, dict(role="assistant", content="a")]),
     ):
-        assert chat_outputs.read_rounds(row, "alpaca_eval", True) == [[USER]]
+        assert chat_outputs.read_rounds(row, "alpaca_eval") == [[USER]]
 
 
 def test_a_long_prompt_loses_its_left_end_and_keeps_its_bos(tmp_path, monkeypatch, capsys):

@@ -1,15 +1,18 @@
-"""derivation.md, equation by equation, against plain Python over enumerated sequences, autograd and optimisation.
+"""derivation.md, equation by equation, against plain Python over enumerated sequences, and autograd.
 
 Nothing that is expected here comes from the functions under test: trees are dictionaries from a prefix to lists,
-and every expectation is a sum over all sequences.
+and every expectation is a sum over all sequences. That a policy is best is not searched for: its gradient is 0, and
+no random policy does better.
 """
 
 import itertools
+import json
 import math
 import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tgdpo
-from tgdpo import closed_form_policy, implicit_reward, tgdpo_loss, token_ppo_objective
+from tgdpo import (
+    along,
+    closed_form_policy,
+    dpo_loss,
+    guidance,
+    implicit_reward,
+    phi_and_delta,
+    sequence_ppo_objective,
+    tgdpo_loss,
+    theorem_4_1,
+    token_ppo_objective,
+    token_rewards,
+)
 
 ROOT = Path(tgdpo.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -31,19 +46,30 @@ TEXT = (ROOT / "derivation.md").read_text()
 
 # ------------------------------------------------------------------------------------------ plain Python, no tensors
 class Tree:
-    """A random language: `ref`, `reward` and `f` map a prefix (a tuple of tokens) to one number for each next token."""
+    """A random language: `ref`, `reward` and `f` map a prefix (a tuple of tokens) to one number for each next token.
 
-    def __init__(self, seed, steps=3, actions=3):
+    The token `end`, if there is one, ends a response. Prefixes that contain it are never reached (`live` lacks them);
+    nothing is earned there, and they have a row in every table, where explain.py's heap has it.
+    """
+
+    def __init__(self, seed, steps=3, actions=3, end=None, low=0.0):
         rng = random.Random(seed)
         self.steps, self.actions, self.beta = steps, actions, rng.choice([0.4, 1.0, 2.0])
         self.prefixes = [p for t in range(steps) for p in itertools.product(range(actions), repeat=t)]
-        self.responses = list(itertools.product(range(actions), repeat=steps))
+        self.live = [p for p in self.prefixes if end not in p]
+        whole = [y for t in range(1, steps + 1) for y in itertools.product(range(actions), repeat=t)]
+        self.responses = [y for y in whole if end not in y[:-1] and (len(y) == steps or y[-1] == end)]
         self.ref = {p: self.normal([math.exp(rng.gauss(0, 1)) for _ in range(actions)]) for p in self.prefixes}
-        self.reward = {p: [rng.gauss(0, 1) for _ in range(actions)] for p in self.prefixes}
+        self.reward = {p: [(rng.gauss(0, 1) + low) * (p in self.live) for _ in range(actions)] for p in self.prefixes}
         self.f = {p: [rng.uniform(0.3, 2) for _ in range(actions)] for p in self.prefixes}
         self.other = {p: self.normal([math.exp(rng.gauss(0, 1)) for _ in range(actions)]) for p in self.prefixes}
-        # the same for explain.py, whose states stand in the order of a heap: shorter prefixes first
-        self.tree = explain.sequences(steps, actions)
+        self.other |= {p: self.ref[p] for p in self.prefixes if p not in self.live}
+        self.rows = [self.prefixes.index(p) for p in self.live]
+        places = [
+            [(self.prefixes.index(y[:t]), y[t]) if t < len(y) else (-1, -1) for t in range(steps)]
+            for y in self.responses
+        ]
+        self.tree = torch.tensor(places).unbind(-1)  # (states, actions), (Y, T) each
         self.R = [self.total(self.reward, y) for y in self.responses]
 
     @staticmethod
@@ -51,10 +77,10 @@ class Tree:
         return [w / sum(weights) for w in weights]
 
     def total(self, table, y):
-        return sum(table[y[:t]][y[t]] for t in range(self.steps))
+        return sum(table[y[:t]][y[t]] for t in range(len(y)))
 
     def probability(self, policy, y):
-        return math.prod(policy[y[:t]][y[t]] for t in range(self.steps))
+        return math.prod(policy[y[:t]][y[t]] for t in range(len(y)))
 
     def table(self, values, log=False):
         return torch.tensor(
@@ -92,26 +118,34 @@ def close(a, b, tolerance=1e-9):
     )
 
 
-def optimise(loss, start):
-    """Minimise over logits from a start -> log-probs; its own L-BFGS, not explain.py's."""
-    x = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [x], max_iter=3000, max_eval=6000, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss(x.log_softmax(-1))
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return x.detach().log_softmax(-1)
+def slope(objective, log_policy):
+    """The largest derivative of an objective by the logits of a policy."""
+    logits = log_policy.clone().requires_grad_()
+    return torch.autograd.grad(objective(logits.log_softmax(-1)), logits)[0].abs().max().item()
 
 
-@pytest.fixture(params=[0, 1, 2])
+def rivals(log_policy, seed=0, each=100):
+    """Random policies, as log-probs: some very near a given one, some far away, some nearly deterministic."""
+    draws = torch.Generator().manual_seed(seed)
+    for scale in (0.003, 0.1, 1.0, 10.0):
+        for _ in range(each):
+            step = scale * torch.randn(log_policy.shape, generator=draws, dtype=torch.float64)
+            yield (log_policy + step).log_softmax(-1)
+
+
+LANGUAGES = {  # of one length, with an end token, with one where all else is bad, so that ended states are best
+    "equal-0": dict(seed=0),
+    "equal-1": dict(seed=1),
+    "equal-2": dict(seed=2),
+    "ends-3": dict(seed=3, end=0),
+    "ends-4": dict(seed=4, end=2),
+    "bad-5": dict(seed=5, end=1, low=-3.0),
+}
+
+
+@pytest.fixture(params=LANGUAGES)
 def tree(request):
-    return Tree(request.param)
+    return Tree(**LANGUAGES[request.param])
 
 
 # ----------------------------------------------------------------------------------------------- tables of any kind
@@ -170,24 +204,26 @@ def test_reward_of_a_policy(given_tables):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ascent_from_random_starts_ends_at_the_closed_form(seed):
-    """(6a), (4.3a): no gradient there, and L-BFGS from a random start ends there."""
+def test_no_policy_does_better_than_the_closed_form(seed):
+    """(6a), (4.3a), (6b): at the best policy of either problem no gradient; random policies do worse in every state."""
     torch.manual_seed(seed)
     ref, reward = torch.randn(3, 4).double().log_softmax(-1), torch.randn(3, 4).double()
     f, beta = 0.3 + torch.rand(3, 4).double(), 0.7
-    policy, _ = closed_form_policy(ref, reward, beta, f)
-    at = policy.clone().requires_grad_()
-    token_ppo_objective(at.log_softmax(-1), ref, reward, beta, f).sum().backward()
-    assert at.grad.abs().max() < 1e-12
+    policy, other = closed_form_policy(ref, reward, beta, f)[0], explain.kl_weighted_policy(ref, reward, beta, f)
 
-    def independent(p):
-        return (p.exp() * ((p - ref) * beta * f - reward) / (beta * f)).sum()
+    def on_the_reward(p):  # (6a)
+        return (p.exp() * (reward / beta / f - p + ref)).sum(-1)
 
-    close(optimise(independent, torch.randn(3, 4).double()).exp(), policy.exp(), 1e-6)
-    # (6b) is the optimum of the other problem, and another policy
-    other = explain.kl_weighted_policy(ref, reward, beta, f)
-    found = optimise(lambda p: (p.exp() * (beta * f * (p - ref) - reward)).sum(), torch.randn(3, 4).double())
-    close(other.exp(), found.exp(), 1e-6)
+    def on_the_kl(p):  # (6b)'s problem
+        return (p.exp() * (reward - beta * f * (p - ref))).sum(-1)
+
+    for objective, best, worse in ((on_the_reward, policy, other), (on_the_kl, other, policy)):
+        assert slope(lambda p: objective(p).sum(), best) < 1e-8
+        assert slope(lambda p: objective(p).sum(), worse) > 0.01
+        close(best.exp().sum(-1), [1.0] * 3)
+        for rival in rivals(best, seed):
+            assert (objective(rival) <= objective(best) + 1e-12).all()
+            close(token_ppo_objective(rival, ref, reward, beta, f), on_the_reward(rival))
     assert (other.exp() - policy.exp()).abs().max() > 0.01
 
 
@@ -215,37 +251,56 @@ def test_an_action_that_is_never_taken_counts_nothing():
 
 
 # ------------------------------------------------------------------------------------------------ sequences and bounds
+def test_trees_are_explains(tree):
+    """What these tests pass as a language: explain.py's own where all lengths are equal; -1 after an end otherwise."""
+    states, actions = tree.tree
+    if len(tree.live) == len(tree.prefixes):
+        assert all(torch.equal(a, b) for a, b in zip(tree.tree, explain.sequences(tree.steps, tree.actions)))
+    else:
+        assert {len(y) for y in tree.responses} == {1, 2, 3}
+    assert [(row >= 0).sum().item() for row in states] == [(row >= 0).sum().item() for row in actions]
+    close(sum(tree.probability(tree.other, y) for y in tree.responses), 1.0)
+    table = tree.table(tree.reward)
+    want = [[tree.reward[y[:t]][y[t]] if t < len(y) else 0.0 for t in range(tree.steps)] for y in tree.responses]
+    assert along(table, tree.tree).tolist() == want
+
+
 def test_sequence_level_ppo(tree):
     """(1b), (2a), (3a): J by enumeration; its optimum weighs responses by π_ref exp(R / β), and its reward is R."""
     ref, reward = tree.table(tree.ref, log=True), tree.table(tree.reward)
     other = tree.table(tree.other, log=True)
-    close(explain.objective(other, ref, reward, tree.beta, tree.tree), tree.J(tree.other))
+    close(sequence_ppo_objective(other, ref, reward, tree.beta, tree.tree), tree.J(tree.other))
     exact, V, _ = explain.soft_optimum(ref, reward, tree.beta)
     p_ref = [tree.probability(tree.ref, y) for y in tree.responses]
     Z = sum(p * math.exp(R / tree.beta) for p, R in zip(p_ref, tree.R))
-    close(V[0], tree.beta * math.log(Z))
-    close(tree.J(tree.back(exact)), tree.beta * math.log(Z))
+    best = tree.beta * math.log(Z)
+    close(V[0], best)
+    close(tree.J(tree.back(exact)), best)
     want = [p * math.exp(R / tree.beta) / Z for p, R in zip(p_ref, tree.R)]
     close(explain.probability(exact, tree.tree), want)
     policy, log_Z = closed_form_policy(f64(p_ref).log(), f64(tree.R), tree.beta)
     close(policy.exp(), want)
+    close(tree.beta * log_Z, best)
     sums = implicit_reward(f64(want).log(), f64(p_ref).log(), tree.beta, 1.0, log_Z)
     close(sums, tree.R)
-    found = ref
-    for _ in range(3):  # J is flat where the policy seldom goes: L-BFGS stops there, and goes on when it starts anew
-        found = optimise(lambda p: -explain.objective(p, ref, reward, tree.beta, tree.tree), found)
-    assert tree.J(tree.back(found)) == pytest.approx(tree.beta * math.log(Z), abs=1e-6)
+    # No search: J has no slope at this policy, and no random policy has a larger J, by enumeration in Python.
+    assert slope(lambda p: sequence_ppo_objective(p, ref, reward, tree.beta, tree.tree), exact) < 1e-8
+    assert slope(lambda p: sequence_ppo_objective(p, ref, reward, tree.beta, tree.tree), other) > 1e-3
+    for rival in rivals(exact, each=25):
+        J = tree.J(tree.back(rival))
+        assert J <= best + 1e-9
+        close(sequence_ppo_objective(rival, ref, reward, tree.beta, tree.tree), J)
 
 
 def test_soft_value_iteration(tree):
     """(5a), (5b), (5c): conditionals of the enumerated optimum; shaped by V, Z is 1 and the myopic policy is exact."""
     ref, reward = tree.table(tree.ref, log=True), tree.table(tree.reward)
     exact, V, ahead = explain.soft_optimum(ref, reward, tree.beta)
-    for i, prefix in enumerate(tree.prefixes):
+    for i, prefix in zip(tree.rows, tree.live):
         assert exact[i].exp().tolist() == pytest.approx(tree.best(prefix), abs=1e-10)
         rest = sum(
-            math.prod(tree.ref[y[:t]][y[t]] for t in range(len(prefix), tree.steps))
-            * math.exp(sum(tree.reward[y[:t]][y[t]] for t in range(len(prefix), tree.steps)) / tree.beta)
+            math.prod(tree.ref[y[:t]][y[t]] for t in range(len(prefix), len(y)))
+            * math.exp(sum(tree.reward[y[:t]][y[t]] for t in range(len(prefix), len(y))) / tree.beta)
             for y in tree.responses
             if y[: len(prefix)] == prefix
         )
@@ -260,33 +315,65 @@ def test_soft_value_iteration(tree):
     assert (closed_form_policy(ref, reward, tree.beta)[0].exp() - exact.exp()).abs().max() > 0.02
 
 
+def reach(policy, prefix):
+    """The probability that a policy passes a prefix."""
+    return math.prod(policy[prefix[:t]][prefix[t]] for t in range(len(prefix)))
+
+
+def term(tree, policy, t):
+    """One t of (1b): what a policy earns at token t, less the price of that token; 0 where a response has ended."""
+    total = 0.0
+    for p in tree.live:
+        if len(p) == t:
+            gain = sum(
+                a * (r - tree.beta * math.log(a / q))
+                for a, r, q in zip(policy[p], tree.reward[p], tree.ref[p])
+                if a > 0
+            )
+            total += reach(policy, p) * gain
+    return total
+
+
+def walk(tree, goal):
+    """The policy that goes to a prefix with certainty, and plays the closed form of one state there and elsewhere."""
+    policy = {
+        p: Tree.normal([q * math.exp(r / tree.beta) for q, r in zip(tree.ref[p], tree.reward[p])])
+        for p in tree.prefixes
+    }
+    for t in range(len(goal)):
+        policy[goal[:t]] = [float(a == goal[t]) for a in range(tree.actions)]
+    return policy
+
+
 def test_theorem_41(tree):
-    """(4.1), (4a), (4b): each term's maximum by walking every prefix, and by ascent, is the right side's."""
+    """(4.1), (4a), (4b): the right side by walking to every state, ended ones too; no policy has a larger term."""
     ref, reward, beta = tree.table(tree.ref, log=True), tree.table(tree.reward), tree.beta
-    best, right, fixed = [x.item() for x in explain.bounds(ref, reward, beta, tree.tree)]
     log_Z = {p: math.log(tree.Z(p)) for p in tree.prefixes}
-    depths = [[p for p in tree.prefixes if len(p) == t] for t in range(tree.steps)]
-    assert right == pytest.approx(sum(max(beta * log_Z[p] for p in depth) for depth in depths), abs=1e-10)
-    reach = {p: math.prod(tree.ref[p[:t]][p[t]] for t in range(len(p))) for p in tree.prefixes}
-    assert fixed == pytest.approx(sum(reach[p] * beta * log_Z[p] for p in tree.prefixes), abs=1e-10)
-    assert best <= right + 1e-12
-    assert best == pytest.approx(max(tree.J(tree.back(explain.soft_optimum(ref, reward, beta)[0])), tree.J(tree.other)))
-    for t in range(tree.steps):  # term t alone, as a function of the whole policy
-
-        def term(p, t=t):
-            tokens = explain.along(p, tree.tree)
-            gain = explain.along(reward - beta * (p - ref), tree.tree)[:, t]
-            return -(tokens.sum(-1).exp() * gain).sum()
-
-        found = -term(optimise(term, ref)).item()
-        assert found <= max(beta * log_Z[p] for p in depths[t]) + 1e-9
+    bound, fixed = [x.item() for x in theorem_4_1(ref, f64([log_Z[p] for p in tree.prefixes]), beta, tree.tree)]
+    best = beta * math.log(
+        sum(tree.probability(tree.ref, y) * math.exp(R / beta) for y, R in zip(tree.responses, tree.R))
+    )
+    got = [x.item() for x in explain.bounds(ref, reward, beta, tree.tree)]
+    assert got == pytest.approx([best, bound, fixed], abs=1e-10)
+    total = 0.0
+    for t in range(tree.steps):
+        goals = [p for p in tree.live if len(p) == t] + [y for y in tree.responses if len(y) <= t]
+        values = [term(tree, walk(tree, goal), t) for goal in goals]
+        assert values == pytest.approx([beta * log_Z[p] if p in tree.live else 0.0 for p in goals], abs=1e-12)
+        total += max(values)
+        for rival in rivals(ref, seed=t, each=25):
+            assert term(tree, tree.back(rival), t) <= max(values) + 1e-12
+    assert bound == pytest.approx(total, abs=1e-10)
+    assert best <= bound + 1e-12
+    assert fixed == pytest.approx(sum(reach(tree.ref, p) * beta * log_Z[p] for p in tree.live), abs=1e-10)
     # (4a) for a policy that is optimal in no sense
     identity = 0.0
-    for p in tree.prefixes:
+    for p in tree.live:
         myopic = [q * math.exp(r / beta) / tree.Z(p) for q, r in zip(tree.ref[p], tree.reward[p])]
         kl = sum(a * math.log(a / b) for a, b in zip(tree.other[p], myopic))
-        identity += math.prod(tree.other[p[:t]][p[t]] for t in range(len(p))) * beta * (log_Z[p] - kl)
+        identity += reach(tree.other, p) * beta * (log_Z[p] - kl)
     assert identity == pytest.approx(tree.J(tree.other), abs=1e-10)
+    assert sum(term(tree, tree.other, t) for t in range(tree.steps)) == pytest.approx(identity, abs=1e-10)
 
 
 def test_what_is_lost_when_the_state_distribution_is_fixed():
@@ -297,6 +384,22 @@ def test_what_is_lost_when_the_state_distribution_is_fixed():
     assert [x.item() for x in got] == pytest.approx([math.log(0.001 * math.exp(10) + 0.999), 10.0, 0.01], abs=1e-6)
 
 
+def test_an_ended_state_counts_0():
+    """(4.1), by hand: an end token of probability .5 and reward 0, else a state where every token earns -10. At the
+    root Z = .5 + .5 = 1; at the second token the ended state has log Z = 0, the other one -10. So the right side is
+    0 + 0, max J = log(.5 + .5 e^-10) = -.693, and with the reference's states it is 0 - .5 * 10 = -5."""
+    ref, reward = f64([[0.5, 0.5], [0.5, 0.5]]).log(), f64([[0.0, 0.0], [-10.0, -10.0]])
+    early = torch.tensor([[0, -1], [0, 1], [0, 1]]), torch.tensor([[0, -1], [1, 0], [1, 1]])
+    bound, fixed = theorem_4_1(ref, f64([0.0, -10.0]), 1.0, early)
+    assert (bound.item(), fixed.item()) == pytest.approx((0.0, -5.0), abs=1e-12)
+    best = math.log(0.5 + 0.5 * math.exp(-10))
+    assert [x.item() for x in explain.bounds(ref, reward, 1.0, early)] == pytest.approx([best, 0.0, -5.0], abs=1e-12)
+    assert -10 < best < -0.69  # what the right side would be without the ended state is no bound
+    all_end = torch.tensor([[0], [0]]), torch.tensor([[0], [1]])  # and where all have one token, none has ended early
+    bound, fixed = theorem_4_1(ref, f64([-3.0, -10.0]), 2.0, all_end)
+    assert (bound.item(), fixed.item()) == pytest.approx((-6.0, -6.0), abs=1e-12)
+
+
 # --------------------------------------------------------------------------------------- what the minimisers are
 def plain_loss(tree, log_policy, f_w, f_l, log_Z=None):
     """E[-log σ(φ + δ)] over all labelled pairs, with nothing of tgdpo.py: one loop over the two responses."""
@@ -304,7 +407,7 @@ def plain_loss(tree, log_policy, f_w, f_l, log_Z=None):
     index = {p: i for i, p in enumerate(tree.prefixes)}
 
     def total(f, y):
-        return sum(tree.beta * f[y[:t]][y[t]] * ratios[index[y[:t]], y[t]] for t in range(tree.steps))
+        return sum(tree.beta * f[y[:t]][y[t]] * ratios[index[y[:t]], y[t]] for t in range(len(y)))
 
     won, lost = [[total(f, y) for y in tree.responses] for f in (f_w, f_l)]
     loss, weights = 0.0, 0.0
@@ -315,46 +418,103 @@ def plain_loss(tree, log_policy, f_w, f_l, log_Z=None):
     return loss / weights
 
 
-def test_pair_losses_are_the_plain_sum():
-    """(3b), (3c), (4.4a), (4.4b), (8b), (8c): tgdpo_loss over all pairs equals loops in Python, with δ and without."""
-    tree = Tree(5, steps=2, actions=2)
+def plain_phi(tree, table, f_w, f_l):
+    """Σ_t β f_w x over y less Σ_t β f_l x over y', for all y and y', {prefix: numbers} -> (Y, Y), in Python."""
+    won, lost = [
+        [sum(tree.beta * f[y[:t]][y[t]] * table[y[:t]][y[t]] for t in range(len(y))) for y in tree.responses]
+        for f in (f_w, f_l)
+    ]
+    return f64([[a - b for b in lost] for a in won])
+
+
+@pytest.mark.parametrize("end", [None, 1])
+def test_pair_losses_are_the_plain_sum(end):
+    """(3b), (3c), (4.4a), (4.4b), (8b), (8c): all pairs equal loops in Python, with δ and without, α = 0 and above."""
+    tree = Tree(5, steps=2, actions=2, end=end)
     ref, log_policy = tree.table(tree.ref, log=True), tree.table(tree.other, log=True)
     rhat, R = tree.table(tree.reward), f64(tree.R)
     weights = explain.pair_weights(explain.probability(ref, tree.tree), R)
+    ell = {p: [math.log(a / q) for a, q in zip(tree.other[p], tree.ref[p])] for p in tree.prefixes}
+    log_Z = {p: [math.log(tree.Z(p))] * tree.actions for p in tree.prefixes}
+    Z_rows = f64([log_Z[p][0] for p in tree.prefixes])
     for alpha in (0.0, 0.4):
         f_w, f_l = [{p: [1 + sign * alpha * r for r in row] for p, row in tree.reward.items()} for sign in (+1, -1)]
-        got = (weights * explain.pair_losses(log_policy, ref, rhat, tree.beta, alpha, tree.tree)).sum()
-        close(got, plain_loss(tree, log_policy, f_w, f_l))
-        log_Z = f64([math.log(tree.Z(p)) for p in tree.prefixes])
-        shifted = explain.pair_losses(log_policy + log_Z[:, None], ref, rhat, tree.beta, alpha, tree.tree)
-        close((weights * shifted).sum(), plain_loss(tree, log_policy, f_w, f_l, log_Z))
+        phi, delta = plain_phi(tree, ell, f_w, f_l), plain_phi(tree, log_Z, f_w, f_l)
+        for sign, f in ((+1, f_w), (-1, f_l)):
+            close(guidance(rhat, alpha, sign), tree.table(f))  # (8b)
+        tables = (tree.table(f_w), tree.table(f_l)) if alpha else (1.0, 1.0)
+        got = phi_and_delta(log_policy, ref, Z_rows, tree.beta, *tables, tree.tree)
+        close(got[0], phi)  # (4.4a)
+        close(got[1], delta)  # (4.4b)
+        losses = explain.pair_losses(log_policy, ref, rhat, tree.beta, alpha, tree.tree)
+        close(losses, [[math.log1p(math.exp(-x)) for x in row] for row in phi.tolist()])  # (8c)
+        if not alpha:
+            pairs = [*explain.all_pairs(log_policy, tree.tree), *explain.all_pairs(ref, tree.tree)]
+            close(dpo_loss(*pairs, tree.beta)[0], losses)  # (3c)
+        close((weights * losses).sum(), plain_loss(tree, log_policy, f_w, f_l))  # (3b)
+        shifted = explain.pair_losses(log_policy + Z_rows[:, None], ref, rhat, tree.beta, alpha, tree.tree)
+        close((weights * shifted).sum(), plain_loss(tree, log_policy, f_w, f_l, Z_rows))
+
+
+def test_bradley_terry_is_phi_and_delta(tree):
+    """(4.4a), (4.4b): φ + δ = R(y_w) - R(y_l) at every pair for the closed form of (4.3a), whatever f, if it is one."""
+    ref, reward, f = tree.table(tree.ref, log=True), tree.table(tree.reward), tree.table(tree.f)
+    policy, log_Z = closed_form_policy(ref, reward, tree.beta, f)
+    phi, delta = phi_and_delta(policy, ref, log_Z, tree.beta, f, f, tree.tree)
+    close(phi + delta, f64(tree.R)[:, None] - f64(tree.R))
+    assert delta.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_minimisers_with_and_without_delta(guided):
-    """(3c), (7a), (7c): from a random start, with δ the myopic policy; without it the exact one (f = 1) or (7c)."""
-    tree = Tree(3, steps=2, actions=3)
+@pytest.mark.parametrize("end", [None, 0])
+def test_minimisers_with_and_without_delta(guided, end):
+    """(3c), (7a), (7c): with δ the myopic policy; without it the exact one (f = 1) or (7c). No search: a cross-entropy
+    is at least the entropy of the labels, these policies reach it, with no slope, and no other policy does."""
+    tree = Tree(3, steps=2, actions=3, end=end)
     ref, reward = tree.table(tree.ref, log=True), tree.table(tree.reward)
     ones = {p: [1.0] * tree.actions for p in tree.prefixes}
     f = tree.f if guided else ones
     log_Z = f64([math.log(tree.Z(p, f[p])) for p in tree.prefixes])
-    start = torch.randn(ref.shape, generator=torch.Generator().manual_seed(0)).double()
-    kept = optimise(lambda p: plain_loss(tree, p, f, f, log_Z), start).exp()
-    dropped = optimise(lambda p: plain_loss(tree, p, f, f), start).exp()
     myopic = [
         Tree.normal([q * math.exp(r / (tree.beta * g)) for q, r, g in zip(tree.ref[p], tree.reward[p], f[p])])
         for p in tree.prefixes
     ]
-    close(kept, myopic, 1e-5)
-    close(kept, closed_form_policy(ref, reward, tree.beta, tree.table(f))[0].exp(), 1e-5)
     consistent = explain.consistent_policy(ref, reward, tree.beta, tree.table(f))
-    close(dropped, consistent.exp(), 1e-5)
-    ratios = tree.table(f) * (consistent - ref) * tree.beta
-    sums = explain.along(ratios, tree.tree).sum(-1) - f64(tree.R)
+    sums = along(tree.table(f) * (consistent - ref) * tree.beta, tree.tree).sum(-1) - f64(tree.R)
     assert (sums.max() - sums.min()).item() < 1e-9, "(7c): β f l must add up to R and a constant"
-    exact = f64([tree.best(p) for p in tree.prefixes])
-    assert ((dropped - exact).abs().max() < 1e-5) == (not guided)
-    assert (kept - exact).abs().max() > 0.01
+    exact = f64([tree.best(p) for p in tree.live])
+    assert ((consistent.exp()[tree.rows] - exact).abs().max() < 1e-9) == (not guided)
+    pairs = [
+        (tree.probability(tree.ref, a) * tree.probability(tree.ref, b), 1 / (1 + math.exp(S - R)))
+        for (a, R), (b, S) in itertools.permutations(zip(tree.responses, tree.R), 2)
+    ]
+    entropy = -sum(p * won * math.log(won) for p, won in pairs) / sum(p * won for p, won in pairs)
+    problems = [(None, consistent, f64(myopic).log()), (log_Z, f64(myopic).log(), consistent)]
+    for shift, best, worse in problems:  # without δ, with δ
+
+        def loss(p):
+            return plain_loss(tree, p, f, f, shift)
+
+        assert loss(best).item() == pytest.approx(entropy, abs=1e-12)
+        assert slope(loss, best) < 1e-8
+        assert loss(worse).item() > entropy + 1e-4
+        assert all(loss(rival).item() > entropy for rival in rivals(best, each=5))
+
+
+def test_labels_of_the_pairs_of_three_words(tmp_path):
+    """(3b): the pairs of `python tgdpo.py` are two responses of the reference, and y beats z with σ( R(y) - R(z) )."""
+    file = tmp_path / "pairs.jsonl"
+    tgdpo.small_data(tgdpo.Options(seed=1, max_length=8), tmp_path / "start", file)
+    rows, world = [json.loads(line) for line in file.read_text().splitlines()], SmallWorld()
+    assert len(rows) == tgdpo.TINY_PAIRS
+    count = Counter((row["chosen"], row["rejected"]) for row in rows)
+    share = {(y, z): world.ref_y[y] * world.ref_y[z] for y, z in itertools.combinations(world.responses, 2)}
+    for (y, z), weight in share.items():
+        both, wins = count[y, z] + count[z, y], 1 / (1 + math.exp(world.R[z] - world.R[y]))
+        expected = len(rows) * weight / sum(share.values())
+        assert abs(both - expected) < 4.5 * math.sqrt(expected)
+        assert abs(count[y, z] - both * wins) < 4.5 * math.sqrt(both * wins * (1 - wins)) + 1, (y, z)
+    assert sum(count[pair] + count[pair[::-1]] for pair in share) == len(rows), "no response meets itself"
 
 
 def test_theorem_44_is_about_one_pair():
@@ -410,7 +570,7 @@ def test_treg_and_tgdpo_are_one_gradient(seed):
 def test_mean_token_reward_is_minus_a_divergence(tree):
     """(8a), (10a): Σ π_ref r̂ = -β KL(π_ref || π_rm) <= 0."""
     ref, rm = tree.table(tree.ref, log=True), tree.table(tree.other, log=True)
-    rhat = implicit_reward(rm, ref, tree.beta)
+    rhat = token_rewards(rm, ref, tree.beta)
     for i, p in enumerate(tree.prefixes):
         kl = sum(q * math.log(q / m) for q, m in zip(tree.ref[p], tree.other[p]))
         assert (ref[i].exp() * rhat[i]).sum().item() == pytest.approx(-tree.beta * kl)
@@ -484,12 +644,131 @@ def test_rto(tree, ratio):
         tree.probability(tree.ref, y) ** (1 - ratio) * tree.probability(tree.other, y) ** ratio for y in tree.responses
     ]
     close(explain.probability(best, tree.tree), Tree.normal(weights))
-    assert ((best - dpo).abs().max() < 1e-9) == (ratio == 1.0)
+    rows = tree.rows
+    assert ((best - dpo)[rows].abs().max() < 1e-9) == (ratio == 1.0)
     end = torch.zeros_like(ref)
     for i, y in enumerate(tree.responses):
         whole = math.log(tree.probability(tree.other, y) / tree.probability(tree.ref, y))
         end[tree.prefixes.index(y[:-1]), y[-1]] = ratio * beta2 * whole
-    close(explain.soft_optimum(ref, end, beta2)[0], best)
+    close(explain.soft_optimum(ref, end, beta2)[0][rows], best[rows])
+
+
+# -------------------------------------------------------------------------------------------- what the script prints
+class SmallWorld:
+    """The three words of `python tgdpo.py`, from its tables alone: float64, prefixes of words, plain sums."""
+
+    def __init__(self):
+        self.words, states = ["not", "bad", "."], [(), ("not",), ("bad",)]
+        ref, reward = [
+            {s: dict(zip(self.words, row)) for s, row in zip(states, table.double().tolist())}
+            for table in (tgdpo.SMALL_REF.exp(), tgdpo.SMALL_REWARD)
+        ]
+        self.ref = {s: {a: p / sum(row.values()) for a, p in row.items()} for s, row in ref.items()}
+        self.reward = reward
+        two = [s + (a,) for s in states[1:] for a in self.words]
+        self.tokens = {" ".join(y): y for y in [(".",), *two]}  # a full stop ends a response, and so do two words
+        self.responses = list(self.tokens)
+        self.R = {y: self.total(reward, y) for y in self.responses}
+        self.ref_y = {y: self.chance(self.ref, y) for y in self.responses}
+
+    def steps(self, y):
+        return [(self.tokens[y][:t], self.tokens[y][t]) for t in range(len(self.tokens[y]))]
+
+    def total(self, table, y):
+        return sum(table[s][a] for s, a in self.steps(y))
+
+    def chance(self, policy, y):
+        return math.prod(policy[s][a] for s, a in self.steps(y))
+
+    def J(self, policy):
+        chances = {y: self.chance(policy, y) for y in self.responses}
+        return sum(p * (self.R[y] - math.log(p / self.ref_y[y])) for y, p in chances.items())
+
+    def closed_form(self, f):
+        """-> (policy, Z) of each state, for f as a dictionary."""
+        weights = {
+            s: {a: p * math.exp(self.reward[s][a] / f[s][a]) for a, p in row.items()} for s, row in self.ref.items()
+        }
+        Z = {s: sum(row.values()) for s, row in weights.items()}
+        return {s: {a: w / Z[s] for a, w in row.items()} for s, row in weights.items()}, Z
+
+
+def test_the_small_language_is_what_it_says():
+    """Its arrays, its list of responses and its two probabilities, against the words themselves."""
+    world = SmallWorld()
+    assert sorted(world.responses) == sorted(tgdpo.RESPONSES)
+    states, index = [(), ("not",), ("bad",)], {word: i for i, word in enumerate(world.words)}
+    for text, row, actions in zip(tgdpo.RESPONSES, *[x.tolist() for x in tgdpo.SMALL_LANGUAGE], strict=True):
+        want = [(states.index(s), index[a]) for s, a in world.steps(text)]
+        assert list(zip(row, actions)) == want + [(-1, -1)] * (2 - len(want))
+    assert tgdpo.SMALL_REF.exp().sum(-1).tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+    assert sum(world.ref_y.values()) == pytest.approx(1.0)
+
+
+def decomposition(world):
+    """{tag: the numbers that show_decomposition should print behind it}, by brute force in float64. The 1000 other
+    policies are its own draw; what each of them earns is computed here."""
+    ones = {s: dict.fromkeys(row, 1.0) for s, row in world.ref.items()}
+    weights = {y: world.ref_y[y] * math.exp(R) for y, R in world.R.items()}
+    whole, best = {y: w / sum(weights.values()) for y, w in weights.items()}, math.log(sum(weights.values()))
+    alone, Z = world.closed_form(ones)
+    says_not = [y for y in world.responses if y.startswith("not")]
+    assert best == pytest.approx(sum(p * (world.R[y] - math.log(p / world.ref_y[y])) for y, p in whole.items()))
+    # After the first token all can have ended: log Z = 0 there.
+    bound = math.log(Z[()]) + max(0.0, *[math.log(Z[s]) for s in (("not",), ("bad",))])
+    fixed = math.log(Z[()]) + sum(world.ref[()][s[0]] * math.log(Z[s]) for s in (("not",), ("bad",)))
+    rhat = {s: {a: math.log(p / world.ref[s][a]) for a, p in row.items()} for s, row in alone.items()}
+    f_w, f_l = [{s: {a: 1 + x * r for a, r in row.items()} for s, row in rhat.items()} for x in (0.25, -0.25)]
+    guided, guided_Z = world.closed_form(f_w)
+    draws = torch.randn(1000, 3, 3, generator=torch.Generator().manual_seed(0)).double().softmax(-1)[:, 0].tolist()
+    earned = [
+        sum(
+            p * (world.reward[()][a] / f_w[()][a] - math.log(p / world.ref[()][a])) for p, a in zip(policy, world.words)
+        )
+        for policy in draws
+    ]
+    missed = max(
+        abs(f_w[s][a] * (math.log(guided[s][a] / world.ref[s][a]) + math.log(guided_Z[s])) - world.reward[s][a])
+        for s in world.ref
+        for a in world.words
+    )
+    w, l = "not bad", "bad ."
+    phi = sum(rhat[s][a] for s, a in world.steps(w)) - sum(rhat[s][a] for s, a in world.steps(l))
+    delta = sum(math.log(Z[s]) for s, _ in world.steps(w)) - sum(math.log(Z[s]) for s, _ in world.steps(l))
+    ahead = math.log(whole[w] / world.ref_y[w]) - math.log(whole[l] / world.ref_y[l])
+    return {
+        "1b": [world.J(world.ref), best],
+        "4.1": [best, bound],
+        "4b": [fixed],
+        "4.3a": [world.J(alone), alone[()]["not"], sum(whole[y] for y in says_not)],
+        "6a": [0.25, math.log(guided_Z[()]), max(earned)],
+        "4.3c": [missed],
+        "4.4a": [world.R[w] - world.R[l], phi, delta, ahead],
+        "8b": [x["not",]["bad"] for x in (rhat, f_w, f_l)],
+    }
+
+
+def test_what_the_script_prints(capsys):
+    """(1b), (2a), (4.1), (4b), (4.3a), (6a), (4.3c), (4.4a), (8b): each number, and what is said about them."""
+    tgdpo.show_decomposition()
+    printed, world = capsys.readouterr().out, SmallWorld()
+    expected = decomposition(world)
+    blocks = dict(re.findall(r"^\((.*?)\) +(.*?)(?=^\(|\Z)", printed, re.M | re.S))
+    assert {*blocks} == {*expected}
+    for tag, values in expected.items():
+        numbers = re.findall(r"-?\d+\.\d+", blocks[tag].replace("Theorem 4.1", ""))
+        assert len(numbers) == len(values), (tag, blocks[tag])
+        for number, value in zip(numbers, values):
+            half = 0.5 * 10 ** -len(number.split(".")[1])
+            assert float(number) == pytest.approx(value, abs=half + 1e-5), (tag, blocks[tag])
+    (J_ref, best), (_, bound), (J_alone, p_alone, p_best) = [expected[tag] for tag in ("1b", "4.1", "4.3a")]
+    assert J_ref < J_alone < best < bound and p_alone < p_best
+    assert expected["4b"][0] < best, "with the reference's states it is no bound"
+    assert expected["6a"][2] < expected["6a"][1], "no other policy does better"
+    R, phi, delta, ahead = expected["4.4a"]
+    assert phi + delta == pytest.approx(R) and ahead == pytest.approx(R)
+    claimed = re.findall(r'"(not bad|bad)" (?:earns )?(-?\d+)', printed.splitlines()[0])
+    assert claimed == [("not bad", f"{world.R['not bad']:.0f}"), ("bad", f"{world.reward[()]['bad']:.0f}")]
 
 
 # ------------------------------------------------------------------------------------------- text, code and tests agree
@@ -497,16 +776,20 @@ TAG = re.compile(r"\((\d+(?:\.\d+)?[a-z]?)\)")
 
 
 def tags_in_code():
-    """{tag: function whose line follows the comment}; a tag stands in a comment right above code."""
+    """{tag: {file: its functions that compute it}}; tags begin lines of a comment, or parts of it behind a semicolon,
+    with a formula two spaces further; the line that computes them comes next."""
     found = {}
     for file in [ROOT / "tgdpo.py", *(ROOT / "scripts").glob("*.py")]:
         lines, function = file.read_text().splitlines(), None
-        for line, below in zip(lines, lines[1:] + [""]):
+        for i, line in enumerate(lines):
             if match := re.match(r"(?:def|class) (\w+)", line):
                 function = match[1]
-            if match := re.match(r"\s*# " + TAG.pattern + "  ", line):
-                assert below.strip() and not below.strip().startswith("#"), f"{file.name}: no code below {match[0]}"
-                found.setdefault(match[1], []).append(function)
+            if not re.match(r"\s*# " + TAG.pattern + "  ", line):
+                continue
+            below = next(text.strip() for text in lines[i:] if not text.strip().startswith("#"))
+            assert below, f"{file.name}: no code below {line.strip()}"
+            for tag in re.findall(r"(?:# |;  )" + TAG.pattern + "  ", line):
+                found.setdefault(tag, {}).setdefault(file.name, set()).add(function)
     return found
 
 
@@ -519,10 +802,15 @@ def test_every_tag_stands_in_text_code_and_tests():
     for file in (ROOT / "tests").glob("test_*.py"):
         for name, body in re.findall(r'def (test_\w+)\([^)]*\):\n +"""(.*?)"""', file.read_text(), re.S):
             tests[name] = set(TAG.findall(body))
-    rows = re.findall(r"^\| \((.*?)\) \| `(?:scripts/\w+\.py: )?(\w+)` \| `(\w+)` \| .* \|$", TEXT, re.M)
+    rows = re.findall(r"^\| \((.*?)\) \| `(.*?)` \| `(\w+)` \| .* \|$", TEXT, re.M)
     assert [row[0] for row in rows] == displayed, "the table lists the tags in the order of the text"
-    for tag, function, test in rows:
-        assert function in code[tag], f"({tag}) is not computed in {function}"
+    for tag, functions, test in rows:
+        file, _, functions = functions.rpartition(": ")
+        file = file.removeprefix("scripts/") or "tgdpo.py"
+        assert {*functions.split("`, `")} <= code[tag].get(file, set()), f"({tag}) is not computed in {functions}"
+        if "tgdpo.py" in code[tag]:
+            got = code[tag]["tgdpo.py"]
+            assert {*functions.split("`, `")} == got, f"({tag}): the table does not name {got}"
         assert tag in tests[test], f"({tag}) is not named in the docstring of {test}"
 
 

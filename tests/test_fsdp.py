@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,8 +15,8 @@ import torch
 import transformers
 
 import tgdpo
-from conftest import Bench, make_model, rows_of, write_rows
-from ranks import table, unfinish
+from conftest import Bench, make_model, rows_of, word_pieces, write_rows
+from ranks import totals, unfinish
 from test_train import close, curve
 
 ROOT = Path(tgdpo.__file__).parent
@@ -117,7 +118,7 @@ class Launched:
         several = rendezvous if machines > 1 else ["--standalone"]
         jobs = [torchrun(*several, ROOT / "tests" / "ranks.py", job, ranks=ranks // machines) for _ in range(machines)]
         self.ends = [finish(process) for process in jobs]
-        assert out.exists(), self.ends
+        assert out.exists(), [text[-6000:] for _, text in self.ends]
         self.found = json.loads(out.read_text())
         self.statuses = dict(zip(self.runs, self.found["statuses"]))
 
@@ -152,12 +153,10 @@ class Launched:
         self.bench.train(out=f"{folder}/from_1", loss="dpo", save_steps=3, **options_of("whole", 1))
         unfinish(f"{folder}/from_1")
         self.add("from_1", "--resume", **self.again | dict(save_steps=0))
-        small = dict(TINY_STEPS=30, TINY_PAIRS=60, TINY_PROMPTS=20)
-        tiny = dict(model_name_or_path=None, dataset=None, per_device_train_batch_size=16 // self.ranks, max_length=64)
-        self.add("tiny", job=dict(set=small), max_steps=3, eval_size=0.1, beta=0.5, alpha=0.05, **tiny, **own)
-        self.add("no_data", dataset="nothing.json")
+        small = dict(TINY_PAIRS=60)
+        tiny = dict(model_name_or_path=None, dataset=None, per_device_train_batch_size=16 // self.ranks)
+        self.add("tiny", job=dict(set=small), max_steps=3, eval_size=0.1, **tiny, **own)
         self.add("other_command", job={"own seed": True}, loss="dpo", max_steps=2)
-        self.add("other_columns", job={"spoil": True}, loss="dpo", max_steps=2, **own)
         self.add("no_machines", "--hsdp", loss="dpo")
         self.add("damaged", **self.again)
         half = dict(unfinish=f"{folder}/damaged", damage=f"{folder}/damaged/checkpoint-3/__1_0.distcp")
@@ -237,15 +236,11 @@ def test_loading_takes_a_share_of_memory_on_all_ranks_but_the_first(two):
     assert two.found["loading"]["freed"], "nothing holds a model that is not used any more"
 
 
-def test_the_metrics_of_pairs_are_put_together_in_data_order(two):
-    want = table(two.models["llama, untied"][0])
-    assert two.found["table"].keys() == want.keys()
-    for name, values in want.items():
-        assert two.found["table"][name] == pytest.approx(values, abs=1e-5) and len(values) == 7, name
-
-
-def test_ranks_wait_for_the_first_longer_than_for_each_other(two):
-    assert two.found["waiting"] == "patient"
+def test_totals_are_those_of_all_ranks_pairs_each_counted_once(two):
+    want = totals(two.models["llama, untied"][0])
+    assert two.found["totals"].keys() == want.keys() and want["pairs"] == 7
+    for name, value in want.items():
+        assert two.found["totals"][name] == pytest.approx(value, abs=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["tgdpo", "simpo", "dpo", "accumulated", "stages"])
@@ -294,7 +289,7 @@ def test_resumed_on_another_number_of_ranks(two, capsys):
     same_run(two, "to_1", alone)
     half = options_of("whole", 1) | dict(per_device_train_batch_size=2)
     two.bench.train("--resume", out=two.bench.folder / "to_1", loss="dpo", status=2, **half)
-    assert "--resume: pairs_per_step was 4 in" in capsys.readouterr().err
+    assert "--resume: pairs_per_step was 4 and is 2 now" in capsys.readouterr().err
 
 
 def test_the_tiny_mode_on_two_ranks(two, monkeypatch):
@@ -306,30 +301,49 @@ def test_the_tiny_mode_on_two_ranks(two, monkeypatch):
     tables = [json.loads((two.bench.folder / n / "run.json").read_text())["table"] for n in ("tiny", alone)]
     assert tables[0].keys() == tables[1].keys()
     for model, row in tables[0].items():
-        for column, (mean, half) in row.items():
-            assert mean == pytest.approx(tables[1][model][column][0], abs=1e-3), (model, column)
+        assert row == pytest.approx(tables[1][model], abs=1e-3), model
 
 
 def test_bad_input_is_said_once_and_ends_all_ranks(two):
     text = two.ends[0][1]
     assert two.ends[0][0] == 0, text
-    wrong = ["no_data", "other_command", "other_columns", "no_machines", "no_checkpoint", "not_finite"]
-    assert [two.statuses[name] for name in wrong] == [2, 2, 2, 2, 2, 1]
-    assert text.count("tgdpo.py: error: ") == 5 and text.count("tgdpo.py: stopped at ") == 1
-    assert "nothing.json: no such file" in text
-    assert "rank 1 has other command line than rank 0" in text
-    assert "rank 1 has other pairs (their fingerprint) than rank 0" in text
-    assert "--hsdp with 2 processes, 2 of them on rank 0's machine; expected several machines" in text
-    assert "damaged/checkpoint-3 cannot be used: OSError: " in text and "the one before serves" in text
-    assert text.count("tgdpo.py: stopped at step 2: the loss of pairs [") == 1
+    wrong = ["other_command", "no_machines", "no_checkpoint", "not_finite"]
+    assert [two.statuses[name] for name in wrong] == [2, 2, 2, 1]
+    assert text.count("tgdpo.py: error: ") == 3 and text.count("tgdpo.py: stopped at ") == 1
+    assert "ranks with other command lines; expected the same on all machines" in text
+    assert "--hsdp with 2 processes, 2 of them on this machine; expected several machines" in text
+    assert "damaged/checkpoint-3 cannot be used (the one before serves, too)" in text
+    assert text.count("tgdpo.py: stopped at step 2: loss (of pairs [") == 1
     assert text.count("done: ") == list(two.statuses.values()).count(0) > 5, "rank 0 alone prints"
     assert "Traceback" not in text
+
+
+STEEP = dict(learning_rate=1e30, lr_scheduler_type="constant", warmup_ratio=0, max_steps=4)
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (dict(dataset="nothing.json"), r"error: --dataset nothing\.json \(expected .*No such file.*"),  # seen by rank 0 alone
+        (STEEP, r"stopped at step 2: loss \(of pairs \[(\d, ){7}\d\]\) or gradient is no number; .*"),  # by all ranks
+    ],
+)
+def test_a_failure_under_torchrun_is_one_line_and_nobody_waits(tmp_path, options, line):
+    bench, began = Bench(tmp_path), time.time()
+    argv = bench.argv(**dict(loss="dpo", out=tmp_path / "out") | options)
+    status, text = finish(torchrun("--standalone", ROOT / "tgdpo.py", *argv), 60)
+    assert status != 0 and time.time() - began < 60
+    (said,) = [x for x in text.splitlines() if "tgdpo.py: " in x]
+    assert re.fullmatch(f"tgdpo.py: {line}", said)
+    assert 'tgdpo.py", line' not in text, "no traceback of ours"
+    assert "Signal 6" not in text and "terminate called" not in text, "nobody aborts"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_killed_rank_ends_the_job_and_the_run_continues(tmp_path, real_pairs):
     """kill -9 of rank 1 on real pairs: all end within a minute; --resume on 2 ranks gives the uninterrupted curve."""
     rows = json.loads(real_pairs.read_text())
-    tokenizer = tgdpo.tiny_tokenizer([json.dumps(row) for row in rows], 128)
+    tokenizer = word_pieces([json.dumps(row) for row in rows])
     model = make_model(
         tmp_path / "model", tokenizer=tokenizer, vocab_size=len(tokenizer), n_positions=128, eos_token_id=2
     )

@@ -23,9 +23,10 @@ import torch
 import transformers
 
 import tgdpo
-from conftest import eight_pairs, make_model, write_rows
+from common import whole_tokens
+from conftest import eight_pairs, make_model, write_rows, word_pieces
 
-sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
+
 
 import heatmap
 
@@ -191,7 +192,7 @@ class Made:
 
     def __init__(self, folder):
         self.folder = folder
-        self.tokenizer = tgdpo.tiny_tokenizer([json.dumps(row) for row in ROWS] * 2, 512, size=300)
+        self.tokenizer = word_pieces([json.dumps(row) for row in ROWS] * 2, 300)
         sizes = dict(tokenizer=self.tokenizer, vocab_size=len(self.tokenizer), n_positions=1024, scale=4.0)
         self.reference, self.judge, self.policy = [
             make_model(folder / name, seed=seed, **sizes) for seed, name in enumerate(["reference", "judge", "policy"])
@@ -234,8 +235,7 @@ def full_logps(path, prompt_ids, ids):
 
 def by_hand(made, row, reference, judge, policy=None):
     """The numbers of one row, from the formulas -> {"loss", (side, quantity): values}."""
-    turns, *texts = tgdpo.read_pair(row, True)
-    prompt_ids, both = tgdpo.encode(made.tokenizer, turns, texts)
+    prompt_ids, both = whole_tokens(row, made.tokenizer)
     b, a, rb, floor = NUMBERS.values()
     want, phi = {}, 0.0
     for side, sign, ids in zip(("chosen", "rejected"), (1, -1), both):
@@ -354,7 +354,7 @@ def test_tokens_join_for_words_and_cut_characters(bench):
     tokenizer = tgdpo.load_tokenizer(bench.model)
     pieces = heatmap.pieces(tokenizer, tokenizer("red cat ?").input_ids, tokenizer("yes no .").input_ids)
     assert pieces == [" yes", " no", " ."]
-    tokenizer = tgdpo.tiny_tokenizer(["abc"], 64, size=262)
+    tokenizer = word_pieces(["abc"], 262)
     ids = tokenizer("a😊", add_special_tokens=False).input_ids
     assert heatmap.pieces(tokenizer, ids[:1], ids[:-1]) == ["a"] + [""] * (len(ids) - 2)
 
@@ -362,11 +362,11 @@ def test_tokens_join_for_words_and_cut_characters(bench):
 def test_real_pairs(real_pairs, tmp_path):
     """A tokenizer from scratch on the 300 real pairs: every response's tokens join to its text."""
     rows = json.loads(real_pairs.read_text())
-    tokenizer = tgdpo.tiny_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows[:60]], 2048, size=600)
+    tokenizer = word_pieces([json.dumps(row, ensure_ascii=False) for row in rows[:60]], 600)
     for row in rows[::6]:
-        turns, *texts = tgdpo.read_pair(row, True)
-        prompt_ids, both = tgdpo.encode(tokenizer, turns, texts)
-        for ids, text in zip(both, texts):
+        _, answers = tgdpo.read_pair(row)
+        prompt_ids, both = whole_tokens(row, tokenizer)
+        for ids, text in zip(both, [answer["content"] for answer in answers]):
             joined = "".join(heatmap.pieces(tokenizer, prompt_ids, ids))
             assert joined == text.translate(heatmap.VISIBLE) + "<eos>"
 
@@ -483,13 +483,13 @@ def test_what_cannot_be_used(made, bench, capsys, tmp_path):
     refused(capsys, made.argv(f"--output={tmp_path / 'x.txt'}"), "is no .html")
     refused(capsys, made.argv(), "neither --output nor --terminal")
     refused(capsys, made.argv(f"--output={page}", reward_model=None), "no reward model")
-    refused(capsys, made.argv(f"--output={page}", dataset=None), "--dataset is None")
-    refused(capsys, made.argv(f"--output={page}", model_name_or_path=None), "--model_name_or_path is missing")
+    refused(capsys, made.argv(f"--output={page}", dataset=None), "--model_name_or_path and --dataset: expected both or none")
+    refused(capsys, made.argv(f"--output={page}", model_name_or_path=None), "expected both or none")
     refused(capsys, made.argv(f"--output={page}", "--pairs=0"), "--pairs is 0")
     refused(capsys, made.argv(f"--output={page}", "--pairs=many"), "--pairs", "many")
     refused(capsys, made.argv("--terminal=shift"), "needs a policy")
     refused(capsys, made.argv("--terminal=size"), "size")
-    refused(capsys, made.argv(f"--output={page}", "--quantity=f"), "unknown option --quantity")
+    refused(capsys, made.argv(f"--output={page}", "--quantity=f"), "unrecognized arguments: --quantity")
     refused(capsys, made.argv(f"--output={page}", reward_model=bench.model), "another vocabulary")
     refused(capsys, made.argv(f"--output={page}", policy=bench.model), "another vocabulary")
     refused(capsys, made.argv(f"--output={page}", policy=tmp_path / "none"), "no such directory")

@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,11 @@ import transformers
 
 import tgdpo
 
-sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
+
 
 import lab
 import rto
+import tiny_language
 
 
 def row(seed, kl, gain, **setting):
@@ -98,13 +97,13 @@ def study_folder(tmp_path_factory):
     """A finished study; its worlds have 60 pairs."""
     patch = pytest.MonkeyPatch()
     for module, name, value in (
-        (tgdpo, "TINY_STEPS", 30),
-        (tgdpo, "TINY_PAIRS", 60),
+        (tiny_language, "TINY_STEPS", 30),
+        (tiny_language, "TINY_PAIRS", 60),
         (rto, "BT_STEPS", 3),
         (lab, "QUICK", SIZE),
         (lab, "study", lambda quick: POINTS),
         (lab, "ProcessPoolExecutor", Here),
-        (lab.tgdpo, "TINY", tgdpo.TINY | dict(num_train_epochs=1.0)),
+        (tiny_language, "TINY", tiny_language.TINY | dict(num_train_epochs=1.0)),
         (rto, "TINY", rto.TINY | dict(rollouts=16, minibatches=2)),
     ):
         patch.setattr(module, name, value)
@@ -154,7 +153,7 @@ def test_judge_against_plain_transformers(study_folder):
     policy = tgdpo.load_model(str(w.folder / "dpo"), w.options)
     found = lab.judge(w, policy, 7)
     torch.manual_seed(1007)
-    drawn = tgdpo.generate(policy, w.prompts, w.tokenizer)
+    drawn = tiny_language.generate(policy, w.prompts, w.tokenizer)
     kl = entropy = 0.0
     models = [
         transformers.AutoModelForCausalLM.from_pretrained(path).eval()
@@ -167,7 +166,7 @@ def test_judge_against_plain_transformers(study_folder):
         kl, entropy = kl + (mine - ref) / len(drawn), entropy - mine / len(drawn)
     assert found["KL"] == pytest.approx(kl, abs=1e-4) and found["entropy"] == pytest.approx(entropy, abs=1e-4)
     totals = [
-        sum(tgdpo.tiny_rewards(w.tokenizer.decode([prompt[2]]), w.tokenizer.convert_ids_to_tokens(ids)))
+        sum(tiny_language.tiny_rewards(w.tokenizer.decode([prompt[2]]), w.tokenizer.convert_ids_to_tokens(ids)))
         for prompt, ids in zip(w.prompts, drawn)
     ]
     assert found["reward"] == pytest.approx(sum(totals) / len(totals))

@@ -1,11 +1,19 @@
 """The losses against numbers worked by hand, and the properties that the method promises."""
 
+import inspect
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from tgdpo import guidance, simpo_loss, tgdpo_loss
+import tgdpo
+from conftest import eight_pairs, rows_of, write_rows
+from tgdpo import dpo_loss, guidance, simpo_loss, tgdpo_loss
 
 
 def hand():
@@ -38,15 +46,37 @@ def test_tgdpo_by_hand():
     assert rejected.tolist() == pytest.approx([-0.05, 0.1])
 
 
-def test_dpo_by_hand_and_alpha_0_is_dpo_to_the_bit():
-    losses, _, _ = tgdpo_loss(*hand(), beta=0.1, alpha=0.0)
+def test_dpo_by_hand():
+    """f = 1 in the table above: phi 0.3 and -0.3; the scores are those of TGDPO, in which f has no part."""
+    losses, chosen, rejected = dpo_loss(*hand()[:4], beta=0.1)
     assert losses.tolist() == pytest.approx([0.554355, 0.854355], abs=2e-6)
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.3)), math.log1p(math.exp(0.3))], abs=1e-12)
+    assert chosen.tolist() == pytest.approx([0.25, -0.2])
+    assert rejected.tolist() == pytest.approx([-0.05, 0.1])
+    assert dpo_loss(*hand()[:4], beta=1.0)[0].tolist() == pytest.approx([0.048587, 3.048587], abs=2e-6)  # phi 3, -3
+
+
+def test_the_gradient_of_dpo():
+    """-sigma(-phi) beta on each token of the winner, the opposite on the loser's; phi = 0.3: 0.1 * 0.425557."""
+    tensors = [x.clone().requires_grad_() for x in hand()[:4]]
+    losses, chosen, rejected = dpo_loss(*tensors, beta=0.1)
+    losses[0].backward()
+    assert tensors[0].grad[0].tolist() == pytest.approx([-0.0425557] * 3, abs=1e-7)
+    assert tensors[1].grad[0].tolist() == pytest.approx([0.0425557] * 3, abs=1e-7)
+    assert tensors[0].grad[1].tolist() == [0.0] * 3, "the other pair's"
+    assert not chosen.requires_grad and not rejected.requires_grad
+
+
+def test_alpha_0_is_dpo_to_the_bit():
+    losses = tgdpo_loss(*hand(), beta=0.1, alpha=0.0)
+    for a, b in zip(losses, dpo_loss(*hand()[:4], beta=0.1)):
+        assert torch.equal(a, b)
     policy_chosen, policy_rejected, ref_chosen, ref_rejected, *rewards = hand()
     plain = -torch.nn.functional.logsigmoid(
         0.1 * (policy_chosen - ref_chosen).sum(-1) - 0.1 * (policy_rejected - ref_rejected).sum(-1)
     )
-    assert torch.equal(losses, plain)
-    assert torch.equal(losses, tgdpo_loss(*hand()[:4], *[7.0 * r for r in rewards], beta=0.1, alpha=0.0)[0])
+    assert torch.equal(losses[0], plain)
+    assert torch.equal(losses[0], tgdpo_loss(*hand()[:4], *[7.0 * r for r in rewards], beta=0.1, alpha=0.0)[0])
 
 
 def test_simpo_by_hand():
@@ -56,6 +86,9 @@ def test_simpo_by_hand():
     losses, chosen_scores, rejected_scores = simpo_loss(chosen, rejected, *masks, beta=2.0, gamma=0.5)
     assert losses.item() == pytest.approx(0.201413, abs=2e-6)  # ln(1 + e^-1.5)
     assert (chosen_scores.item(), rejected_scores.item()) == (-4.0, -6.0)
+    # what stands where the masks are false has no part in it
+    losses, _, _ = simpo_loss(chosen, rejected - torch.tensor([[0.0, 0.0, 9.0]]), *masks, beta=2.0, gamma=0.5)
+    assert losses.item() == pytest.approx(0.201413, abs=2e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0, 100.0])
@@ -146,3 +179,80 @@ def test_guidance_and_its_floor():
         floor=0.25,
     )[0]
     assert with_floor.item() == pytest.approx(math.log1p(math.exp(0.75)))  # phi = 0.25 * 1 - 1 * 1
+
+
+# ----------------------------------------------------------------------------------------------------- a loss of yours
+def weighted_loss(logps, batch, options):
+    """SimPO with a weight for each token, from the data's columns chosen_weight and rejected_weight."""
+    sides = zip(logps, batch["weight"], batch["mask"])
+    chosen, rejected = [(logp * weight * mask).sum(-1) / mask.sum(-1) for logp, weight, mask in sides]
+    return -torch.nn.functional.logsigmoid(options.beta * (chosen - rejected)), chosen.detach(), rejected.detach()
+
+
+def weighted_pairs(file):
+    """The eight pairs with weights 1/2, 1, 3/2, ... on the tokens of a winner and 2, 3, 4, ... on those of a loser."""
+    rows = []
+    for pair in eight_pairs():
+        n, m = [len(pair[side].split()) + 1 for side in tgdpo.SIDES]
+        weights = {"chosen_weight": [(t + 1) / 2 for t in range(n)], "rejected_weight": [t + 2.0 for t in range(m)]}
+        rows.append(pair | weights)
+    return write_rows(file, rows)
+
+
+def weighted_by_plain_transformers(bench, beta=0.1):
+    """-> the loss's mean over the eight pairs and the norm of its gradient, one sequence after the other."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bench.model)
+    model, total = transformers.AutoModelForCausalLM.from_pretrained(bench.model).eval(), 0.0
+    for pair in eight_pairs():
+        means = []
+        for side, weight in (("chosen", lambda t: (t + 1) / 2), ("rejected", lambda t: t + 2.0)):
+            prompt, response = tokenizer(pair["prompt"]).input_ids, tokenizer(pair[side]).input_ids + [3]
+            logps = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0], -1)
+            values = [weight(t) * logps[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
+            means.append(sum(values) / len(values))
+        total = total - torch.nn.functional.logsigmoid(beta * (means[0] - means[1])) / 8
+    total.backward()
+    return total.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_loss_with_columns_of_its_own_needs_one_entry(bench, free, monkeypatch):
+    """The entry in LOSSES alone: the models that other losses need are run for it, unless the two sets say not to."""
+    monkeypatch.setitem(tgdpo.LOSSES, "weighted", weighted_loss)
+    judged, original = [], tgdpo.frozen_logps
+    monkeypatch.setattr(tgdpo, "frozen_logps", lambda name, *rest: judged.append(name) or original(name, *rest))
+    if free:
+        for names in ("NO_REFERENCE", "NO_REWARDS"):
+            monkeypatch.setattr(tgdpo, names, getattr(tgdpo, names) | {"weighted"})
+    rows, out = bench.train(
+        loss="weighted",
+        dataset=weighted_pairs(bench.folder / "weighted.jsonl"),
+        reward_model=bench.reward_model,
+        num_train_epochs=3,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=3,
+    )
+    assert judged == ([] if free else [bench.model, bench.reward_model])
+    loss, norm = weighted_by_plain_transformers(bench)
+    assert rows[0]["loss"] == pytest.approx(loss, abs=1e-5) and rows[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.01 and len(rows) == 3
+    assert json.loads((out / "run.json").read_text())["options"]["loss"] == "weighted"
+
+
+def test_a_loss_of_your_own_on_the_command_line(bench):
+    """A script that adds its loss and hands on its arguments has all of tgdpo.py."""
+    script = bench.folder / "mine.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(Path(tgdpo.__file__).parent)!r}]\nimport tgdpo, torch\n"
+        f"{inspect.getsource(weighted_loss)}\ntgdpo.LOSSES['weighted'] = weighted_loss\n"
+        "sys.exit(tgdpo.main(sys.argv[1:]))\n"
+    )
+    data, out = weighted_pairs(bench.folder / "weighted.jsonl"), bench.folder / "mine"
+    argv = bench.argv(loss="weighted", dataset=data, out=out, reward_model=bench.reward_model, num_train_epochs=2)
+    done = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True)
+    assert done.returncode == 0 and f"done: {out}" in done.stdout, done.stderr
+    loss, norm = weighted_by_plain_transformers(bench)
+    rows = rows_of(out)
+    assert rows[0]["loss"] == pytest.approx(loss, abs=1e-5) and rows[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert len(rows) == 2 and (out / "model.safetensors").exists()
+    bench.train(loss="weighted", dataset=data, status=2)  # tgdpo.py itself does not know it

@@ -1,9 +1,8 @@
-"""scripts/plan.py and measure.py, and the settings in scripts/*.yaml."""
+"""scripts/plan.py and measure.py, and the settings in scripts/configs/*.yaml."""
 
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ import transformers
 import yaml
 
 import tgdpo
-from conftest import eight_pairs, make_model, write_rows
+from conftest import ROOT, eight_pairs, make_model, write_rows
 
-SCRIPTS = Path(tgdpo.__file__).parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+SCRIPTS = ROOT / "scripts"
+
 import plan
 
 llama = transformers.LlamaConfig
@@ -55,16 +54,16 @@ def configuration(folder, config):
     return folder
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(SCRIPTS.glob("*.yaml"))])
+@pytest.mark.parametrize("name", [path.stem for path in sorted((SCRIPTS / "configs").glob("*.yaml"))])
 def test_the_papers_settings_and_the_verdicts_in_their_files(name, tmp_path, capsys):
     """The values of the official example; a batch of 128 on 8 GPUs; the plan says what the file says it says."""
-    file, (config, weights) = SCRIPTS / f"{name}.yaml", PUBLISHED[name]
+    file, (config, weights) = SCRIPTS / "configs" / f"{name}.yaml", PUBLISHED[name]
     options = tgdpo.read_options([str(file)])
     assert (options.loss, options.beta, options.alpha, options.max_length) == ("tgdpo", 0.1, 0.5, 2048)
     assert (options.learning_rate, options.lr_scheduler_type, options.warmup_ratio) == (7e-7, "cosine", 0.1)
     assert 8 * tgdpo.batch_size(options) == 128 and options.num_train_epochs == 1 and options.dtype == "bfloat16"
     text = file.read_text()
-    assert f"torchrun --nproc_per_node 8 tgdpo.py scripts/{name}.yaml\n" in text
+    assert f"torchrun --nproc_per_node 8 tgdpo.py scripts/configs/{name}.yaml\n" in text
     verdicts = re.findall(r"(\d) x (\d+) GB (fits|does not fit) \((\d+)", text)
     assert [verdict[:2] for verdict in verdicts] == [("8", "80"), ("4", "80"), ("1", "141")]
     model = configuration(tmp_path, config)
@@ -78,9 +77,9 @@ def test_the_papers_settings_and_the_verdicts_in_their_files(name, tmp_path, cap
 def test_the_plan_in_the_readme(tmp_path, capsys):
     readme = (SCRIPTS.parent / "README.md").read_text()
     name, model = "llama3_8b_instruct_pairrm", "meta-llama/Meta-Llama-3-8B-Instruct"
-    shown = readme.split(f"    $ python scripts/plan.py scripts/{name}.yaml\n")[1].split("\nIt plans for")[0]
+    shown = readme.split(f"    $ python scripts/plan.py scripts/configs/{name}.yaml\n")[1].split("\nIt plans for")[0]
     here = configuration(tmp_path, PUBLISHED[name][0])
-    out = planned(capsys, SCRIPTS / f"{name}.yaml", "--model_name_or_path", here).replace(str(here), model)
+    out = planned(capsys, SCRIPTS / "configs" / f"{name}.yaml", "--model_name_or_path", here).replace(str(here), model)
     assert [line.strip() for line in shown.splitlines()] == [line.strip() for line in out.splitlines()]
 
 
@@ -121,10 +120,11 @@ def test_memory_by_hand(tmp_path):
     assert parts["train"]["AdamW"] == 2 * weights and parts["annotate"]["AdamW"] == 0
     assert parts["train"]["gathered"] == 2 * (about.rest + 2 * block) + 2 * (about.rest + block) + 4 * block
     assert parts["train"]["activations"] == cost.activations
-    assert parts["annotate"]["log-probs"] == (2 + 4) * 40 * 96  # bfloat16 logits, float32 softmax
-    assert parts["train"]["log-probs"] == parts["annotate"]["log-probs"] + 2 * 2 * 40 * 64
+    assert parts["annotate"]["log-probs"] == (2 + 4 + 4) * 40 * 96  # bfloat16 logits, in float32, their log-softmax
+    # The log-softmax and two gradients; hidden states of the responses and their gradient.
+    assert parts["train"]["log-probs"] == 3 * 4 * 40 * 96 + 2 * 2 * 40 * 64
     many = plan.memory(options, about, cost, 10**9, 4)["annotate"]["log-probs"]
-    assert many == (2 + 4) * (tgdpo.LOGITS_BYTES // 4)
+    assert many == (2 + 4 + 4) * (tgdpo.LOGITS_BYTES // 4)
     assert plan.total(parts["train"]) > plan.total(parts["annotate"])
 
 
@@ -242,7 +242,7 @@ def test_the_plan_follows_the_run(tmp_path, capsys):
     [
         ([], "no --model_name_or_path"),
         (["--gpus", "0"], "--gpus is 0; expected a number above 0"),
-        (["--model_name_or_path", "m", "--dataset", "d", "--gpu", "3"], "unknown option --gpu"),
+        (["--model_name_or_path", "m", "--dataset", "d", "--gpu", "3"], "unrecognized arguments: --gpu 3"),
         (["--model_name_or_path", "nothing", "--dataset", "d"], "the configuration of model nothing cannot be used"),
         (
             ["--model_name_or_path", "m", "--dataset", "d", "--hsdp"],

@@ -2,8 +2,6 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,10 @@ import transformers
 import tgdpo
 from conftest import eight_pairs, ids, make_model, word_tokenizer, write_rows
 
-sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
+
 
 import rto
+import tiny_language
 
 YES = ids("yes")[0]
 PROMPTS = [ids("red cat ?"), ids("dog"), ids("one two three ?"), ids("sun moon .")]
@@ -290,9 +289,9 @@ def test_rewards_of_a_step_come_from_the_models(paths, monkeypatch):
     """What the trainer hands dense_rewards: the three models' log-probs of the drawn tokens, each in its own place."""
     calls, dense = [], rto.dense_rewards
     monkeypatch.setattr(rto, "dense_rewards", lambda *args: calls.append(args) or dense(*args))
-    drawn, generate = [], tgdpo.generate
+    drawn, generate = [], tiny_language.generate
     monkeypatch.setattr(
-        tgdpo, "generate", lambda *args, **kw: drawn.append((args[1], generate(*args, **kw))) or drawn[-1][1]
+        tiny_language, "generate", lambda *args, **kw: drawn.append((args[1], generate(*args, **kw))) or drawn[-1][1]
     )
     rows, *_ = trained(paths, options(beta1=1.0, steps=1))
     old, ref, dpo, ends, mask, _ = calls[0]
@@ -404,9 +403,9 @@ def assert_one_line(text, *parts):
         (dict(max_new_tokens=64), ["--max_new_tokens is 64", "less than 64, the positions"]),
         (dict(placement="middle"), ["--placement", "middle"]),
         (dict(betta=1), ["--betta"]),
-        (dict(dataset=None), ["--dataset is None", "preference pairs"]),
+        (dict(dataset=None), ["--model_name_or_path and --dataset: expected both or none"]),
         (dict(model_name_or_path=None), ["--dataset without --model_name_or_path"]),
-        (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
+        (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl", "No such file"]),
         (dict(reward_model="nowhere/at/all"), ["nowhere/at/all", "no such directory"]),
     ],
 )
@@ -446,8 +445,7 @@ def test_plain_ppo_needs_no_dpo_model_and_a_tokenizer_no_padding_token(argv, tmp
 
 def test_long_prompts_lose_their_left_end(argv, tmp_path):
     data = write_rows(tmp_path / "long.jsonl", [dict(prompt="red " * 80 + "cat", chosen=" yes", rejected=" no")])
-    settings, _ = rto.read_options(argv(dataset=data, max_length=40))
-    _, prompts, _ = rto.read_prompts(settings)
+    _, prompts, _ = rto.read_prompts(*rto.read_options(argv(dataset=data, max_length=40)))
     assert prompts == [ids("red " * 34 + "cat")]
 
 
@@ -455,13 +453,13 @@ def test_tiny_mode_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     """Its parts fit together; how good its models are is for the full run to say."""
     monkeypatch.setenv("HOME", str(tmp_path))  # where log-probs are cached
     for name, value in (("TINY_STEPS", 10), ("TINY_PAIRS", 40), ("TINY_PROMPTS", 8)):
-        monkeypatch.setattr(tgdpo, name, value)
+        monkeypatch.setattr(tiny_language, name, value)
 
     class Few(random.Random):  # the language model's 20000 sentences take seconds to tokenize
         def choices(self, population, *, k=1):
             return super().choices(population, k=min(k, 200))
 
-    monkeypatch.setattr(tgdpo.random, "Random", Few)
+    monkeypatch.setattr(tiny_language.random, "Random", Few)
     monkeypatch.setattr(rto, "BT_STEPS", 3)
     out = tmp_path / "tiny"
     flags = dict(steps=1, rollouts=8, minibatches=2, beta3=0.5, device="cpu", output_dir=out)

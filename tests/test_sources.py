@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ import transformers
 
 import tgdpo
 from conftest import CHATML, eight_pairs, ids, small_config, word_tokenizer, write_rows
-
-sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
 
 import token_rewards
 import treg
@@ -89,6 +86,12 @@ def test_a_prompt_that_becomes_too_long_loses_its_left_end_and_keeps_the_instruc
     for positions, kept in ((64, 13), (16, 11)):  # as much of the prompt as without the instruction, if there is room
         asked = treg.asked(rows, pairs, tokenizer, positions, "{prompt} sun moon")
         assert asked[0]["prompt_ids"] == ids("red " * kept + "sun moon")
+    tokenizer = word_tokenizer(bos=True)  # a BOS stays, as in the pairs themselves
+    pairs, _ = tgdpo.tokenize(rows, tokenizer, 16, "pairs")
+    assert pairs[0]["prompt_ids"] == [2] + ids("red " * 12)
+    for positions, kept in ((64, 12), (16, 10)):
+        asked = treg.asked(rows, pairs, tokenizer, positions, "{prompt} sun moon")
+        assert asked[0]["prompt_ids"] == [2] + ids("red " * kept + "sun moon")
 
 
 def test_annotate_writes_what_both_trainers_read(bench, capsys):
@@ -140,8 +143,9 @@ def test_treg_train_is_tgdpo_py_with_another_loss(bench):
         (["annotate", "--output=x.jsonl", "--better=be good"], "--dataset"),
         (["annotate", "--output=x.txt", "--dataset=pairs.jsonl"], "x.txt is no .jsonl file"),
         (["nonsense"], "unknown command nonsense; expected annotate, train or tiny"),
-        (["tiny", "--dataset=x.jsonl"], "tiny makes its own"),
-        (["train", "--loss_=1"], "unknown option --loss_=1"),
+        (["tiny", "--dataset=x.jsonl", "--model_name_or_path=x"], "makes its own; expected neither"),
+        (["tiny", "--dataset=x.jsonl"], "expected both or none"),
+        (["train", "--loss_=1"], "unrecognized arguments: --loss_=1"),
         (["annotate"], "required: --output"),
     ],
 )

@@ -1,7 +1,9 @@
 """The trainer: annotate, train, evaluate, save, resume, on eight pairs and on real ones."""
 
+import hashlib
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -9,14 +11,14 @@ import time
 import weakref
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
 
 import tgdpo
-from conftest import CHATML, eight_pairs, make_model, rows_of, word_tokenizer, write_rows
+from conftest import CHATML, ROOT, eight_pairs, make_model, rows_of, word_pieces, word_tokenizer, write_rows
 
-sys.path.insert(0, str(Path(tgdpo.__file__).parent / "scripts"))
 import treg  # noqa: F401, it makes --loss treg known
 
 METRICS = [
@@ -31,6 +33,7 @@ METRICS = [
     "logps/rejected",
     "tokens_per_second",
 ]
+IDS = ("chosen_ids", "rejected_ids")
 GUIDANCE = ["guidance/mean", "guidance/min", "guidance/max", "guidance/nonpositive"]
 
 
@@ -84,12 +87,13 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
                 weight = 1 / (1 + math.exp(phi.item()))
                 raised = sum(beta * (w1 - w0) * (w - w0)) + sum(beta * (l1 - l0) * (l - l0))
                 total = total - alpha * weight * beta * raised / 8
-            logged.append([*scores, w.sum().item(), l.sum().item()])
+            margin = scores[0] - scores[1]
+            logged.append([*scores, margin, margin > 1e-5, w.sum().item(), l.sum().item()])
         optimizer.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
         optimizer.step()
-        chosen, rejected, w, l = [sum(column) / 8 for column in zip(*logged)]
+        chosen, rejected, margin, right, w, l = [sum(column) / 8 for column in zip(*logged)]
         rows.append(
             {
                 "step": step + 1,
@@ -98,6 +102,8 @@ def plain_training(bench, loss, steps, beta=0.1, alpha=0.5, gamma=0.5, lr=1e-2):
                 "learning_rate": rate,
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
+                "rewards/margins": margin,
+                "rewards/accuracies": right,
                 "logps/chosen": w,
                 "logps/rejected": l,
             }
@@ -111,7 +117,7 @@ def test_the_curve_of_an_independent_trainer(bench, loss, size):
     """One batch of 8, and accumulated batches of 3 (3 + 3 + 2) and 1, step by step against plain_training."""
     got, _ = bench.train(
         loss=loss,
-        reward_model=bench.reward_model if loss in tgdpo.GUIDED else None,
+        reward_model=bench.reward_model if loss not in tgdpo.NO_REWARDS else None,
         num_train_epochs=12,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=math.ceil(8 / size),
@@ -133,6 +139,118 @@ def test_the_last_smaller_step_of_an_epoch_counts_each_pair_once(bench):
         steps = [tgdpo.pairs_of_step(8, 2 * epoch + k, options) for k in range(2)]
         assert sorted(steps[0] + steps[1]) == list(range(8)) and len(steps[1]) == 3
     assert tgdpo.pairs_of_step(8, 0, options) != tgdpo.pairs_of_step(8, 2, options), "each epoch has its own order"
+
+
+def random_pairs(n):
+    """Annotated pairs of unequal lengths, 1 to 12 tokens each part, index 100 and on."""
+    rng = random.Random(1)
+    rows = {name: [rng.choices(range(4, 20), k=rng.randint(1, 12)) for _ in range(n)] for name in ("prompt_ids", *IDS)}
+    for side in tgdpo.SIDES:
+        rows[f"{side}_ref_logps"] = [[rng.gauss(-3, 1) for _ in row] for row in rows[f"{side}_ids"]]
+        rows[f"{side}_rewards"] = [[rng.gauss(0, 1) for _ in row] for row in rows[f"{side}_ids"]]
+    return datasets.Dataset.from_dict({"index": [*range(100, 100 + n)], **rows})
+
+
+@pytest.mark.parametrize("loss, alpha", [("tgdpo", 0.5), ("tgdpo", 4.0), ("simpo", 0.5)])
+def test_how_a_step_is_cut_into_passes_does_not_matter(bench, loss, alpha, monkeypatch):
+    """One pass of all 13 pairs, passes of one, passes by tokens, another order: the same gradient and totals."""
+    pairs, found = random_pairs(13), {}
+    layouts = {  # most pairs in a pass, most tokens in one, the pairs' order
+        "one pass": (13, 10**6, range(13)),
+        "single pairs": (13, 1, range(13)),
+        "by tokens": (13, 60, range(13)),
+        "by pairs": (5, 10**6, range(13)),
+        "another order": (13, 60, random.Random(2).sample(range(13), 13)),
+    }
+    for name, (size, tokens, order) in layouts.items():
+        monkeypatch.setattr(tgdpo, "CPU_TOKENS", tokens)
+        options = tgdpo.Options(
+            device="cpu", dtype="float32", loss=loss, alpha=alpha, per_device_train_batch_size=size
+        )
+        model, calls = tgdpo.load_model(bench.model, options), []
+        original = model.token_logps
+        model.token_logps = lambda batch: calls.append(len(batch["mask"]) // 2) or original(batch)
+        totals = tgdpo.run_pairs(model, pairs.select(order), options, learn=True)
+        assert sum(calls) == totals["pairs"] == 13 and totals.pop("not finite") == []
+        found[name] = (len(calls), totals, [p.grad for p in model.parameters()])
+    counts = [found[name][0] for name in layouts]
+    assert counts == [1, 13, counts[2], 3, counts[2]] and 3 < counts[2] < 13
+    _, totals, grads = found["one pass"]
+    for name, (_, other, others) in found.items():
+        assert other == pytest.approx(totals, abs=2e-5, rel=1e-5), name
+        for a, b in zip(grads, others, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_passes_take_each_pair_once_the_longest_first(device, ranks, monkeypatch):
+    """And every rank makes as many, or the others would wait for it for ever."""
+    pairs, shares = random_pairs(40), []
+    monkeypatch.setattr(tgdpo, "world", lambda: ranks)
+    monkeypatch.setattr(tgdpo, "CPU_TOKENS", 100)
+    for k in range(ranks):
+        monkeypatch.setattr(tgdpo, "rank", lambda: k)
+        shares.append(tgdpo.microbatches(pairs, tgdpo.Options(device=device, per_device_train_batch_size=6)))
+    lengths = tgdpo.pair_lengths(pairs)
+    assert lengths[3] == 2 * len(pairs[3]["prompt_ids"]) + len(pairs[3]["chosen_ids"]) + len(pairs[3]["rejected_ids"])
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(row for share in shares for rows, counted in share if counted for row in rows) == [*range(40)]
+    assert all(rows for share in shares for rows, _ in share)
+    for together in zip(*shares):
+        groups = [rows for rows, counted in together if counted]
+        assert max(map(len, groups)) - min(map(len, groups)) <= 1, "the ranks have as much to do"
+        for rows in groups:
+            most = 6 if device == "cuda" else max(1, 100 // lengths[rows[0]])
+            assert len(rows) <= most and lengths[rows].tolist() == sorted(lengths[rows], reverse=True)
+    longest = [max(max(lengths[rows]) for rows, counted in together if counted) for together in zip(*shares)]
+    assert longest == sorted(longest, reverse=True) and longest[0] == max(lengths)
+    if device == "cuda":
+        assert len(shares[0]) == math.ceil(40 / (6 * ranks))
+    if ranks == 3:
+        monkeypatch.setattr(tgdpo, "rank", lambda: 2)
+        two = tgdpo.microbatches(pairs.select([0, 1]), tgdpo.Options(device="cuda"))
+        assert [(len(rows), counted) for rows, counted in two] == [(1, False)], "it joins in, but counts nothing"
+
+
+def test_steps_take_the_same_pairs_whatever_their_lengths():
+    """Sorting happens inside a step: which pairs a step takes is the seeded shuffle alone."""
+    options = tgdpo.Options(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    steps = [tgdpo.pairs_of_step(20, step, options) for step in range(6)]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(42)).tolist()
+    assert steps[:3] == [order[:8], order[8:16], order[16:]]
+    assert sorted(sum(steps[3:], [])) == [*range(20)]
+
+
+def test_rows_of_metrics_by_hand():
+    """Sums of 2 pairs and of 1; over 3 pairs the loss is 6 / 3; f is a mean over the 10 tokens, not over the pairs."""
+    a = {"loss": 5.0, "rewards/margins": 3.0, "pairs": 2, "not finite": [7], "seconds": 1.0}
+    b = {"loss": 1.0, "rewards/margins": -3.0, "pairs": 1, "not finite": [], "seconds": 0.5}
+    a |= {"guidance/sum": 8.0, "guidance/tokens": 8, "guidance/min": -1.0, "guidance/max": 2.0}
+    b |= {"guidance/sum": 4.0, "guidance/tokens": 2, "guidance/min": 0.5, "guidance/max": 3.0}
+    both = tgdpo.merge(a | {"guidance/nonpositive": 1}, b | {"guidance/nonpositive": 2})
+    assert (both["not finite"], both["seconds"], both["pairs"]) == ([7], 1.5, 3)
+    assert tgdpo.means(both) == {
+        "loss": 2.0,
+        "rewards/margins": 0.0,
+        "guidance/mean": 1.2,
+        "guidance/min": -1.0,
+        "guidance/max": 3.0,
+        "guidance/nonpositive": 3,
+    }
+
+
+@pytest.mark.parametrize("loss, models", [("simpo", 0), ("dpo", 1), ("tgdpo", 2)])
+def test_no_model_is_run_that_the_loss_does_not_need_and_rows_are_tokenized_once(bench, monkeypatch, loss, models):
+    judged, read = [], []
+    frozen, tokenize = tgdpo.frozen_logps, tgdpo.tokenize
+    monkeypatch.setattr(tgdpo, "frozen_logps", lambda *args: judged.append(args[0]) or frozen(*args))
+    monkeypatch.setattr(tgdpo, "tokenize", lambda *args: read.append(1) or tokenize(*args))
+    judge = bench.reward_model if loss == "tgdpo" else None
+    bench.train(loss=loss, reward_model=judge, max_steps=1, eval_size=2)
+    assert judged == [bench.model, bench.reward_model][:models] and len(read) == 1
+    bench.train(loss=loss, reward_model=judge, max_steps=1, alpha=0.1, beta=0.2)
+    assert len(judged) == models, "a sweep over alpha and beta annotates nothing again"
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0])
@@ -291,14 +409,14 @@ def test_a_row_each_logging_steps_is_the_mean_since_the_last(bench):
 @pytest.mark.parametrize("loss", ["tgdpo", "simpo"])
 def test_resume_equals_the_uninterrupted_run(bench, loss, monkeypatch):
     """Bit for bit, from a checkpoint in the middle of a row of metrics, with a loss that draws random numbers."""
-    original = tgdpo.forward
+    original = tgdpo.losses_and_totals
 
     def noisy(*args):
-        losses, metrics = original(*args)
+        losses, totals = original(*args)
         losses = losses * (1 + 0.5 * torch.rand(()))
-        return losses, metrics | {"loss": losses.detach()}
+        return losses, totals | {"loss": losses.detach().sum()}
 
-    monkeypatch.setattr(tgdpo, "forward", noisy)
+    monkeypatch.setattr(tgdpo, "losses_and_totals", noisy)
     options = dict(
         loss=loss, num_train_epochs=4, per_device_train_batch_size=3, logging_steps=2, eval_size=2, eval_steps=3
     )
@@ -369,10 +487,10 @@ def test_an_annotation_that_is_not_finite_names_the_model(bench, capsys):
     assert f"model {bench.reward_model} for pair" in error and error.count("\n") == 1
 
 
-def test_a_run_needs_no_git_and_minds_no_strange_checkpoint(bench, monkeypatch):
-    monkeypatch.setattr(tgdpo.shutil, "which", lambda name: None)
+def test_a_run_says_which_source_made_it_and_minds_no_strange_checkpoint(bench):
     rows, out = bench.train(loss="dpo", max_steps=2)
-    assert json.loads((out / "run.json").read_text())["git_commit"] == ""
+    source = hashlib.sha256((ROOT / "tgdpo.py").read_bytes()).hexdigest()
+    assert source.startswith(json.loads((out / "run.json").read_text())["versions"]["tgdpo.py"])
     (out / "checkpoint-best").mkdir()
     assert tgdpo.newest_checkpoint(out) is None
 
@@ -382,39 +500,43 @@ def test_resume_may_change_what_is_only_reported(bench):
     bench.train("--resume", out=out, loss="dpo", max_steps=4, save_steps=1, cache_dir=bench.folder / "elsewhere")
 
 
-def test_a_killed_process_leaves_a_run_that_resumes_to_the_same_curve(bench):
-    """kill -9 in the middle, in a process of its own; then --resume."""
+@pytest.mark.parametrize("sent, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_stopped_process_leaves_a_run_that_resumes_to_the_same_curve(bench, sent, status):
+    """kill -9 and Ctrl-C in the middle, in a process of its own; then --resume."""
     options = dict(loss="dpo", max_steps=60, per_device_train_batch_size=2, save_steps=5)
     whole, _ = bench.train(**options)
-    out = bench.folder / "killed"
+    out = bench.folder / "stopped"
     argv = bench.argv(out=out, **options)
-    process = subprocess.Popen([sys.executable, tgdpo.__file__, *argv])
+    process = subprocess.Popen([sys.executable, tgdpo.__file__, *argv], stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not list(out.glob("checkpoint-*[0-9]")) and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    process.send_signal(sent)
+    _, error = process.communicate()
+    assert process.returncode == status, "the run ended before it could be stopped"
+    if status == 130:
+        line = "tgdpo.py: interrupted; the same command with --resume and its --output_dir continues"
+        assert error.splitlines()[-1] == line and "Traceback" not in error
+    assert 5 <= len(rows_of(out)) < 60 and not (out / "model.safetensors").exists()
     assert tgdpo.main(argv + ["--resume"]) == 0
     close(curve(rows_of(out)), curve(whole), 1e-6)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_non_finite_number_stops_the_run_before_it_reaches_the_weights(bench, what, monkeypatch, capsys):
-    original, calls = tgdpo.forward, []
+    original, calls = tgdpo.losses_and_totals, []
 
     def broken(model, batch, options):
-        losses, metrics = original(model, batch, options)
+        losses, totals = original(model, batch, options)
         calls.append(1)
         if len(calls) == 3:  # the first micro-batch of step 2
             if what == "loss":
                 losses = losses * torch.tensor([1.0, float("nan")])
-                metrics["loss"] = losses.detach()
             else:
                 losses.register_hook(lambda gradient: gradient * float("inf"))
-        return losses, metrics
+        return losses, totals
 
-    monkeypatch.setattr(tgdpo, "forward", broken)
+    monkeypatch.setattr(tgdpo, "losses_and_totals", broken)
     rows, out = bench.train(
         loss="dpo", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, save_steps=1, status=1
     )
@@ -422,8 +544,9 @@ def test_a_non_finite_number_stops_the_run_before_it_reaches_the_weights(bench, 
     assert len(rows) == 1 and "step 2" in error and "checkpoint-1" in error and what in error and error.count("\n") == 1
     pairs = tgdpo.pairs_of_step(8, 1, tgdpo.Options(per_device_train_batch_size=2, gradient_accumulation_steps=2))
     words = [len(" ".join(pair.values()).split()) for pair in eight_pairs()]
+    words = [words[i] + len(pair["prompt"].split()) for i, pair in enumerate(eight_pairs())]  # the prompt twice
     second = sorted(pairs, key=lambda i: -words[i])[1]  # of the pass with the two longest
-    assert str([second] if what == "loss" else pairs) in error, "the pair's row in the file"
+    assert f"loss (of pairs {[second] if what == 'loss' else []}) or gradient" in error, "the pair's row in the file"
     assert not (out / "model.safetensors").exists()
 
 
@@ -449,7 +572,18 @@ def test_the_result_loads_with_its_chat_template(bench, tmp_path):
         and run["options"]["beta"] == 0.1
         and run["pairs"] == {"read": 8, "used": 8, "dropped": {}, "cut": {"prompts": 0, "responses": 0}}
     )
-    assert set(run["versions"]) == {"python", "torch", "transformers", "datasets"}
+    assert set(run["versions"]) == {"python", "torch", "transformers", "datasets", "tgdpo.py"}
+
+
+def test_a_tokenizer_with_several_templates_trains_by_the_default_and_keeps_all(bench, tmp_path):
+    several = {"default": CHATML, "tool_use": "TOOLS" + CHATML}
+    curves = []
+    for name, template in (("one", CHATML), ("several", several)):
+        model = make_model(tmp_path / name, tokenizer=word_tokenizer(template=template, eos="<|im_end|>"))
+        rows, out = bench.train(loss="dpo", model_name_or_path=model, max_steps=3)
+        curves.append(curve(rows))
+        assert transformers.AutoTokenizer.from_pretrained(out).chat_template == template
+    assert curves[0] == curves[1]
 
 
 def test_generation_settings_that_cannot_be_saved_do_not_cost_the_run(bench):
@@ -517,7 +651,7 @@ def test_a_tokenizers_padding_side_does_not_matter(bench, tmp_path):
 def test_real_pairs_end_to_end_twice_with_the_same_curve(real_pairs, tmp_path):
     """Reward model, annotation, TGDPO, evaluation on the 300 real pairs, twice: bit for bit the same."""
     rows = json.loads(real_pairs.read_text())
-    tokenizer = tgdpo.tiny_tokenizer([json.dumps(row) for row in rows], 128)
+    tokenizer = word_pieces([json.dumps(row) for row in rows])
     model = make_model(
         tmp_path / "model", tokenizer=tokenizer, vocab_size=len(tokenizer), n_positions=128, eos_token_id=2
     )
