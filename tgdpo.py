@@ -46,13 +46,9 @@ from unittest.mock import patch
 
 import datasets, pyarrow.compute, pyarrow.parquet, torch, transformers, yaml
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.distributed import fsdp
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-    get_state_dict, set_model_state_dict, set_state_dict)
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -813,6 +809,7 @@ def small_policy(name, tokenizer, options):
 
 def run_small(options):
     """Pairs, a DPO model, TGDPO with its r̂ and with the true rewards; then J of each, exactly."""
+    need(options.max_length > 2, f"--max_length is {options.max_length}; three words need 3 tokens")
     folder, beta = Path(options.output_dir), options.beta
     start, file = folder / "start_model", folder / "pairs.jsonl"
     tokenizer, pairs, counts = once(small_data, options, start, file)
@@ -951,6 +948,7 @@ def device_mesh(device, hsdp):
 def shard(model, options):
     """FSDP2: each rank keeps a part of every weight, its gradient and AdamW's state, in float32. A
     block's weights are gathered in the compute type while it runs."""
+    from torch.distributed import fsdp
     mesh, dtype = device_mesh(options.device, options.hsdp), getattr(torch, options.dtype)
     policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
@@ -1011,6 +1009,7 @@ def load_model(name, options):
         model = prepare_model(model, options).to(options.device)
         model.token_logps = partial(token_logps, model, dtype=options.dtype)
         return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     weights = {} if rank() else model.state_dict()
     # What the others need to build the model empty; some buffers are in no file.
     config, generation_config, buffers = once(
@@ -1047,6 +1046,7 @@ def save_model(model, tokenizer, folder):
     """write_model; the weights of a sharded model are gathered on rank 0, in host memory."""
     weights = None
     if dist.is_initialized():
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         own = dict(model.named_parameters())  # not the second names of tied weights
         twice = dict(model.named_parameters(remove_duplicate=False)).keys() - own.keys()
@@ -1057,6 +1057,7 @@ def save_model(model, tokenizer, folder):
 def training_state(model, optimizer, scheduler, step, window):
     """All that the next step depends on: step says which pairs are next, window has the totals
     since the last row of metrics, rng is for a loss of yours that draws."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict  # a second to import
     weights, moments = get_state_dict(model, optimizer)
     trainer = json.dumps({"scheduler": scheduler.state_dict(), "step": step, "window": window})
     rng = torch.get_rng_state()
@@ -1064,6 +1065,7 @@ def training_state(model, optimizer, scheduler, step, window):
 
 def save_checkpoint(folder, model, optimizer, scheduler, step, window):
     """Write training_state beside and rename it: a kill leaves a usable checkpoint."""
+    import torch.distributed.checkpoint as dcp
     beside = folder / f"checkpoint-{step}.saving"
     once(shutil.rmtree, beside, ignore_errors=True)
     state = training_state(model, optimizer, scheduler, step, window)
@@ -1079,6 +1081,8 @@ def load_checkpoint(folder, model, optimizer, scheduler):
     """Restore the newest checkpoint, drop later metrics -> (step, window); (0, {}) without one."""
     path, trainer = once(newest_checkpoint, folder), {"step": 0, "window": {}}
     if path is not None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
         state = training_state(model, optimizer, scheduler, **trainer)  # the shapes to load into
         try:
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())

@@ -211,25 +211,10 @@ def make_model(folder, sizes, tokenizer, seed):
     return str(folder)
 
 
-def train_tokenizer(texts, max_length, size):
-    """A byte-level BPE of so many tokens, trained on texts, with a chat template."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    core, special = Tokenizer(models.BPE()), ["<unk>", "<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", model_max_length=max_length,
-        additional_special_tokens=special[3:], chat_template=template)
-
-
 def prepare(own, folder):
     """Write rows, a tokenizer made from them and two models -> (data file, model, reward model, tokenized pairs)."""
     import tgdpo
+    from start_model import train_tokenizer
     rows = tgdpo.load_rows(own.dataset, "train") if own.dataset else random_rows(own.pairs or 256)
     rows = [row for row, _ in zip(rows, range(own.pairs or len(rows)))]
     data = folder / "pairs.json"
