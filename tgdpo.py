@@ -33,7 +33,7 @@ Shapes stand beside tensors: S states, A actions, Y responses of a small languag
 sequences (the chosen ones first), T tokens of the longest sequence, R of the longest response, M
 response tokens in all, H hidden size, V vocabulary. Sections 1 to 4 are the method.
 """
-import gc, gzip, hashlib, json, math, os, random, re, shutil, subprocess, sys, time, warnings
+import gc, gzip, hashlib, json, math, os, random, re, shutil, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -72,7 +72,7 @@ def sequence_ppo_objective(log_policy, ref_logps, reward, beta, language):
     # (1b)  J(π) = E_{y~π} Σ_t [ r(s_t, a_t) - β log π(a_t|s_t) / π_ref(a_t|s_t) ]
     probability = along(log_policy, language).sum(-1).exp()  # π(y), (Y,)
     gain = along(reward - beta * (log_policy - ref_logps), language).sum(-1)  # (Y,)
-    return (probability * gain).where(probability > 0, 0.0).sum()
+    return (probability * gain).where(probability > 0, 0.0).sum()  # what is never said counts 0
 
 # Theorem 4.1 takes J apart into its sum over t: the maximum of a sum is at most the sum of the
 # maxima. Term t charges nothing for the way: its best policy walks to the best state of depth t and
@@ -214,8 +214,8 @@ def collate(rows, device):
     """
     sides = [side for side in SIDES if f"{side}_ids" in rows]
     prompts = rows["prompt_ids"] * len(sides)  # N of them
-    lists = {name.removeprefix("chosen_"): list(chain(*[rows[name.replace("chosen", side)]
-             for side in sides])) for name in rows if name.startswith("chosen_")}
+    names = [name.removeprefix("chosen_") for name in rows if name.startswith("chosen_")]
+    lists = {name: [row for side in sides for row in rows[f"{side}_{name}"]] for name in names}
     lists["mask"] = [[True] * len(response) for response in lists["ids"]]
     lists["input_ids"] = [prompt + response for prompt, response in zip(prompts, lists["ids"])]
     batch = {name: pad_sequence([torch.tensor(row) for row in column], batch_first=True)
@@ -249,7 +249,7 @@ def token_logps(model, batch, dtype="float32"):
     def label_logps(hidden, labels):
         logits = head_logits(model, hidden, type(output))  # (M, V)
         # (1a)  log π(a|s) = z_a - log Σ_v exp z_v, in float32
-        return -F.cross_entropy(logits.float(), labels, reduction="none")
+        return logits.log_softmax(-1, dtype=torch.float32).gather(-1, labels[:, None])[:, 0]
     ids, labels = batch["input_ids"], batch["labels"]
     with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         output = model.get_decoder()(input_ids=ids, use_cache=False)
@@ -351,8 +351,10 @@ def run_pairs(model, pairs, options, learn):
             batch = collate(pairs[rows], model.device)
             losses, totals = losses_and_totals(model, batch, options)
         if learn:  # times world(), since FSDP takes the mean over processes
-            (losses.sum() * (world() / len(pairs) if counted else 0.0)).backward()
-        mine += [(rows, losses.detach(), totals)] if counted else []
+            weight = world() / len(pairs) if counted else 0.0
+            (weight * losses.sum()).backward()
+        if counted:
+            mine.append((rows, losses.detach(), totals))
     for rows, losses, totals in mine:  # read at the end: a GPU need not wait between passes
         bad = [pairs[row]["index"] for row, loss in zip(rows, losses) if not loss.isfinite()]
         totals = {name: value.item() for name, value in totals.items()}

@@ -15,8 +15,10 @@ It sets its own functions into tgdpo.py and calls tgdpo.main. Numbers differ by 
                       written over the logits: one tensor of them, where autograd holds three (LabelLogps).
     gelu              GPT-2's activation in one kernel instead of eight (prepare_model).
 
-What each brings on your machine: python scripts/benchmark.py --without. On 2 cores, a GPT-2 of 4 layers and 512 tokens:
-BRINGS
+What each brings on your machine: python scripts/benchmark.py --without. On 2 cores, float32, a GPT-2 of 4 layers and 512
+tokens, 40 real pairs, medians of two runs: without shared prompts annotating takes 1.07 times as long and training 1.10;
+without LabelLogps 1.08 and 1.07, and 138 MiB more; without its blocks 1.08 and 1.00, and 48 MiB more; without gelu 0.99
+and 0.93, which is noise, and 64 MiB more; with one attention call 1.00 and 0.97, since prompts were short there.
 
 Not every model can share prompts: one that reads a row token by token (Mamba and its hybrids), that counts distances
 instead of positions, or whose window is shorter than a sequence carries something of the chosen response into the

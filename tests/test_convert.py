@@ -50,6 +50,10 @@ LAYOUTS = {  # row -> the prompt's messages; the answers are "yes ." and "no"
         SIDES | dict(prompt=[system("blue"), user("dog ?")], system=" blue"),
         [system("blue"), user("dog ?")],
     ),
+    "the same system twice, and a history": (
+        SIDES | dict(prompt=[system("blue"), user("red cat ?")], system="blue", history=[["dog ?", "no ."]]),
+        [system("blue"), *TALK],
+    ),
     "whole conversations": (
         dict(prompt="red cat ?", chosen=[user("red cat ?"), assistant("yes .")], rejected=[user("red cat ?"), assistant("no")]),
         [user("red cat ?")],

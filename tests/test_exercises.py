@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -671,13 +670,13 @@ SLIPS = [
      "padding looks counted"),
     ("token_logps", 'batch["states"]]', 'batch["states"] + 1]', "test_log_probs_are_those_of_the_next_token",
      "labels look not shifted"),
-    ("token_logps", "return -F.cross_entropy(logits.float(), labels, reduction=\"none\")",
-     "return (-F.cross_entropy(logits.float(), labels, reduction=\"none\")).exp()",
+    ("token_logps", "return logits.log_softmax(-1, dtype=torch.float32)",
+     "return logits.softmax(-1, dtype=torch.float32)",
      "test_log_probs_are_those_of_the_next_token", "these are probabilities"),
     ("token_logps", "return in_rows(label_logps(hidden, labels), batch)",
      'return in_rows(label_logps(hidden, labels), batch).where(batch["mask"], -1.0)',
      "test_log_probs_are_zero_on_padding", "padding looks counted"),
-    ("token_logps", "return -F.cross_entropy(logits.float(),", "return -F.cross_entropy(logits.detach().float(),",
+    ("token_logps", "return logits.log_softmax(", "return logits.detach().log_softmax(",
      "test_log_probs_have_a_gradient", "no gradient reaches the model"),
     ("sequence_ppo_objective", "reward - beta * (log_policy - ref_logps)", "reward - (log_policy - ref_logps)",
      "test_sequence_level_ppo_by_a_sum_over_responses", "beta looks forgotten"),
