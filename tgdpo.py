@@ -271,7 +271,7 @@ def microbatches(pairs, options):
     """The rows of pairs in groups that go through the model together -> [(rows, counted)].
 
     The longest come first. Under torchrun, where this is one of world() processes, these are its
-    share, as many groups on each. One that has no row left runs another's, which is not counted.
+    share. All must run as many groups: one without a row of its own runs another's, not counted.
     """
     lengths, groups = pair_lengths(pairs), []
     order = (-lengths).argsort(kind="stable").tolist()

@@ -94,11 +94,11 @@ def lab_future():
 
 @pytest.fixture(scope="module")
 def study_folder(tmp_path_factory):
-    """A finished study; its worlds have 60 pairs."""
+    """A finished study; its worlds have 40 pairs."""
     patch = pytest.MonkeyPatch()
     for module, name, value in (
-        (tiny_language, "TINY_STEPS", 30),
-        (tiny_language, "TINY_PAIRS", 60),
+        (tiny_language, "TINY_STEPS", 10),
+        (tiny_language, "TINY_PAIRS", 40),
         (rto, "BT_STEPS", 3),
         (lab, "QUICK", SIZE),
         (lab, "study", lambda quick: POINTS),

@@ -139,9 +139,9 @@ def test_credit_by_brute_force():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(tiny_language, "TINY_STEPS", 40)
+    monkeypatch.setattr(tiny_language, "TINY_STEPS", 20)
     monkeypatch.setattr(tiny_language, "TINY_PAIRS", 60)
-    monkeypatch.setattr(tiny_language, "TINY_PROMPTS", 40)
+    monkeypatch.setattr(tiny_language, "TINY_PROMPTS", 20)
 
 
 def test_from_nothing_to_a_table(small, tmp_path, capsys):
