@@ -33,7 +33,7 @@ Shapes stand beside tensors: S states, A actions, Y responses of a small languag
 sequences (the chosen ones first), T tokens of the longest sequence, R of the longest response, M
 response tokens in all, H hidden size, V vocabulary. Sections 1 to 4 are the method.
 """
-import gc, gzip, hashlib, json, math, os, random, re, shutil, sys, time, warnings
+import gc, gzip, hashlib, json, math, os, random, re, shutil, subprocess, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -122,6 +122,7 @@ def phi_and_delta(log_policy, ref_logps, log_Z, beta, f_w, f_l, language):
     """φ and δ of each response as y_w (rows) against each as y_l (columns): tables (S, A), log_Z
     (S,), f_w and f_l numbers or (S, A) -> (Y, Y), (Y, Y)."""
     def difference(table):
+        """A table's sum with f_w along each winner, less the one with f_l along each loser."""
         winner, loser = [along(beta * f * table, language).sum(-1) for f in (f_w, f_l)]  # (Y,)
         return winner[:, None] - loser[None]
     # (4.4a)  φ = Σ_t β f_w ℓ_t over y_w - Σ_t β f_l ℓ_t over y_l,   ℓ_t = log π* / π_ref
@@ -235,6 +236,7 @@ def head_logits(model, hidden, output_class):
     all that a family does behind its body is done: soft-capping, scaling, a bias.
     """
     def hand_on(*args, **kwargs):
+        """What the body returns for this call."""
         return output_class(last_hidden_state=hidden[None])
     with patch.object(model.get_decoder(), "forward", hand_on):
         # model.forward, not model(): a sharded model's weights are gathered already
@@ -247,6 +249,7 @@ def token_logps(model, batch, dtype="float32"):
     backward pass computes them again: memory does not grow with tokens times vocabulary.
     """
     def label_logps(hidden, labels):
+        """Of some of the M response tokens."""
         logits = head_logits(model, hidden, type(output))  # (M, V)
         # (1a)  log π(a|s) = z_a - log Σ_v exp z_v, in float32
         return logits.log_softmax(-1, dtype=torch.float32).gather(-1, labels[:, None])[:, 0]
@@ -296,8 +299,8 @@ def frozen_logps(name, pairs, options, title):
             mine |= {(side, row): next(logps)[:len(ids)] for row, ids in zip(rows, columns[side])}
     every = {place: values for share in gather(mine) for place, values in share.items()}
     for (_, row), values in every.items():
-        if not math.isfinite(values.sum()):
-            raise Diverged(f"{title}: a log-prob of model {name} for pair {row} is not finite")
+        need(math.isfinite(values.sum()), f"{title}: a log-prob of model {name} for pair "
+             f"{pairs[row].get('index', row)} is not finite", Diverged)
     return [[every[side, row] for row in range(len(pairs))] for side in sides]
 
 def annotate(pairs, column, name, options):
@@ -444,7 +447,9 @@ NotNegative = Annotated[float, "a number, 0 or above", lambda x: 0 <= x < math.i
 Share = Annotated[float, "a share, 0 to at most 1", lambda x: 0 <= x <= 1]
 Held = Annotated[float, "a share below 1 or a whole number", lambda x: 0 <= x < 1 or x % 1 == 0 < x]
 Count = Annotated[int, "a whole number above 0", lambda x: x > 0]
-CountOrZero = Annotated[int, "0 or a whole number above", lambda x: x >= 0]
+CountOrZero = Annotated[int, "0 or above", lambda x: x >= 0]
+Length = Annotated[int, "4 or more", lambda x: x >= 4]
+Seed = Annotated[int, "0 to 2**32 - 1", lambda x: 0 <= x < 2**32]
 Steps = Annotated[int, "-1 or a number above 0", lambda x: x == -1 or x > 0]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 
@@ -462,7 +467,7 @@ class Options:
     reward_beta: Positive | None = option(None, "beta in rhat and for its DPO model; none: beta")
     gamma: Annotated[float, "a number", math.isfinite] = option(0.5, "SimPO: target margin")
     guidance_floor: Positive | None = option(None, "smallest value of f; none: not bounded")
-    max_length: Count = option(2048, "tokens of a sequence")
+    max_length: Length = option(2048, "tokens of a sequence")
     learning_rate: NotNegative = option(7e-7, "peak learning rate of AdamW")
     lr_scheduler_type: Schedule = option("cosine", "how the learning rate goes on")
     warmup_ratio: Share = option(0.1, "share of the steps in which the learning rate rises from 0")
@@ -481,7 +486,7 @@ class Options:
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
     hsdp: bool = option(False, "torchrun: shard inside each machine, replicate across them")
-    seed: CountOrZero = option(42, "of what is drawn")
+    seed: Seed = option(42, "of what is drawn")
     output_dir: str | None = option(None, "where the run is written, new or empty; none: in runs")
     cache_dir: str = option("~/.cache/tgdpo", "where annotations are kept for later runs")
 
@@ -543,8 +548,7 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"
 
 def load_rows(name, split):
     """The rows of a data set, in order: from a file, a directory saved by `datasets` or the hub."""
-    kinds = ".json, .jsonl(.gz), .parquet, a saved data set or a hub name"
-    with reading(f"--dataset {name} (expected {kinds})"):
+    with reading(f"--dataset {name}"):
         if re.search(r"\.jsonl?(\.gz)?$", name):  # by json: for one odd row pyarrow fails them all
             opened = (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8-sig")
             with opened as stream:
@@ -556,6 +560,9 @@ def load_rows(name, split):
             return rows if isinstance(rows, list) else [rows]
         if name.endswith(".parquet"):  # not by load_dataset, whose cache may be older
             return datasets.Dataset(pyarrow.parquet.read_table(name))
+        need(not os.path.isfile(name), f"--dataset {name}: a file of an unknown kind; expected "
+             ".json, .jsonl(.gz), .parquet, a saved data set or a hub name; scripts/convert.py "
+             "reads .csv")
         data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name)
         if not isinstance(data, datasets.DatasetDict):
             return data
@@ -667,6 +674,11 @@ def pair_texts(row, tokenizer):
         opened = turns[1] | {"content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
         return render([opened, *turns[2:]], answers, tokenizer, chat), chat
 
+def cut_left(ids, room, bos):
+    """At most `room` ids, those at the right end; a BOS stays."""
+    kept = ids[:1] if len(ids) > room and ids[0] == bos else []
+    return kept + ids[max(0, len(ids) - room) + len(kept):]
+
 def split_tokens(ids, tokenizer, with_bos, max_length):
     """Ids of the three texts -> (prompt, [chosen, rejected], the prompt cut, the responses cut).
 
@@ -684,19 +696,20 @@ def split_tokens(ids, tokenizer, with_bos, max_length):
             response.append(eos)
     if not prompt or with_bos and prompt[0] != bos and tokenizer("").input_ids[:1] == [bos]:
         prompt = [first, *prompt]
-    room = max(1, max_length // 2, max_length - max(map(len, responses)))
-    kept = prompt[:1] if prompt[0] == bos and len(prompt) > room else []
-    short = kept + prompt[max(0, len(prompt) - room) + len(kept):]
+    short = cut_left(prompt, max(max_length // 2, max_length - max(map(len, responses))), bos)
     return prompt, responses, short, [ids[:max_length - len(short)] for ids in responses]
+
+def is_numbers(value):
+    """Whether a field is a list of numbers."""
+    return isinstance(value, list) and {type(x) for x in value} in ({int}, {float}, {int, float})
 
 def own_numbers(row, index, name, ids):
     """A row's own numbers for the tokens of a response, checked: finite, one for each token."""
     values = row.get(name)
-    good = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
-    found = f"{len(values)} values" if good else "no list of numbers"
-    need(good and len(values) == len(ids) and all(abs(v) < 3e38 for v in values),  # float32, no NaN
+    found = f"{len(values)} values" if is_numbers(values) else "no list of numbers"
+    need(is_numbers(values) and len(values) == len(ids) and all(abs(x) < 3e38 for x in values),
          f"row {index}: {name} has {found}; expected {len(ids)} finite numbers, one for each token "
-         "of the response, its end token included")
+         "of the response, its end token included")  # 3e38: as float32, and no NaN
     return values
 
 def tokenize(rows, tokenizer, max_length, source):
@@ -707,8 +720,10 @@ def tokenize(rows, tokenizer, max_length, source):
     found = sorted({str(name) for row in objects for name in row})
     layout = f"columns: {', '.join(found) or 'none'}; expected {LAYOUTS}"
     need({*SIDES} <= {*found}, f"{source}: {len(rows)} rows with the {layout}")
-    own = [name for name in found if re.match("chosen_|rejected_", name) and (
-        name.endswith("_rewards") or isinstance(objects[0].get(name), list))]
+    numbers = [name for name in found if re.match("(chosen|rejected)_.", name) and (
+        name.endswith("_rewards") or any(is_numbers(row.get(name)) for row in objects))]
+    own = [f"{side}_{name}" for name in sorted({name.split("_", 1)[1] for name in numbers})
+           for side in SIDES]  # a name on one side is expected on the other
     kinds = {"index": datasets.Value("int64")} | dict.fromkeys(["prompt_ids", *IDS], INTS)
     used, reasons, cuts = [], Counter(), Counter()
     for index, row in enumerate(tqdm(rows, desc="tokenize", disable=None)):
@@ -721,11 +736,11 @@ def tokenize(rows, tokenizer, max_length, source):
         except Unusable as e:
             reasons[str(e)] += 1
             continue
-        numbers = {}
+        pair = {"index": index, "prompt_ids": short} | dict(zip(IDS, cut))
         for name in own:
-            side = 1 if name.startswith("rejected") else 0
-            numbers[name] = own_numbers(row, index, name, whole[side])[:len(cut[side])]
-        used.append({"index": index, "prompt_ids": short} | dict(zip(IDS, cut)) | numbers)
+            side = SIDES.index(name.split("_")[0])
+            pair[name] = own_numbers(row, index, name, whole[side])[:len(cut[side])]
+        used.append(pair)
         cuts["prompts"] += len(short) < len(prompt)
         cuts["responses"] += sum(len(a) < len(b) for a, b in zip(cut, whole))
     dropped = "".join(f"; dropped {n}: {reason}" for reason, n in reasons.items())
@@ -811,7 +826,6 @@ def small_policy(name, tokenizer, options):
 
 def run_small(options):
     """Pairs, a DPO model, TGDPO with its r̂ and with the true rewards; then J of each, exactly."""
-    need(options.max_length > 2, f"--max_length is {options.max_length}; three words need 3 tokens")
     folder, beta = Path(options.output_dir), options.beta
     start, file = folder / "start_model", folder / "pairs.jsonl"
     tokenizer, pairs, counts = once(small_data, options, start, file)
@@ -1125,19 +1139,29 @@ def open_run(folder, options, facts):
         return run["finished"]
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    record(folder, options=asdict(options), **facts, finished=False, versions=versions | {
-        "python": sys.version.split()[0], "tgdpo.py": source})
+    versions["python"] = sys.version.split()[0]
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    record(folder, options=asdict(options), **facts, finished=False, versions=versions,
+           git_commit=git.stdout.strip() if git else "")
     return False
+
+@lru_cache  # a run asks several times for the same model; another time of change is another file
+def file_digest(file, nanoseconds):
+    """Of a file's content, as it was at that time of its last change."""
+    sha = hashlib.sha256()
+    with reading(file), open(file, "rb") as stream:
+        while block := stream.read(2**24):
+            sha.update(block)
+    return sha.digest()
 
 def model_fingerprint(name):
     """Of a model's content: its configuration and its weights."""
-    sha, folder = hashlib.sha256(), model_folder(name)
-    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
-        with reading(file), open(file, "rb") as stream:
-            while block := stream.read(2**24):
-                sha.update(block)
-    return sha.hexdigest()[:32]
+    folder = model_folder(name)
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    with reading(f"model {name}"):
+        digests = [file_digest(file, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 def pairs_fingerprint(pairs):
     """Of the pairs' tokens and of all numbers that were joined to them."""
@@ -1230,16 +1254,20 @@ def run(argv):
         run_small(options)
     print(f"done: {options.output_dir}")
 
-def main(argv):
-    """The command line -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke
-    off; 130 for Ctrl-C. Under torchrun all ranks come here, and the one that fails says why."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: large pages for large tensors
+def quiet():
+    """Leave the terminal to what is said here."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp, of one process
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for a terminal without the letter φ
+
+def main(argv):
+    """The command line -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke
+    off; 130 for Ctrl-C. Under torchrun all ranks come here, and the one that fails says why."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: large pages for large tensors
+    quiet()
     status, text = 0, "the same command with --resume and its --output_dir continues"
     try:
         joined = start_processes()

@@ -219,7 +219,7 @@ def prepare(own, folder):
     rows = [row for row, _ in zip(rows, range(own.pairs or len(rows)))]
     data = folder / "pairs.json"
     data.write_text(json.dumps(rows))
-    tokenizer = train_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows], own.tokens, own.vocabulary)
+    tokenizer = train_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows], own.vocabulary, own.tokens)
     models = [make_model(folder / name, vars(own), tokenizer, seed) for seed, name in enumerate(("model", "judge"))]
     pairs, _ = tgdpo.tokenize(rows, tokenizer, own.tokens, str(own.dataset or "random words"))
     pairs.save_to_disk(str(folder / "tokens"))
@@ -388,8 +388,7 @@ def main(argv):
         print(json.dumps({"--rates": rates, "--trl": trl}[argv[0]](json.loads(Path(argv[1]).read_text()))))
         return 0
     import tgdpo
-    from common import quiet
-    quiet()
+    tgdpo.quiet()
     try:
         own = read_argv(argv)
         check(own)

@@ -34,7 +34,7 @@ import transformers
 from tqdm import tqdm
 
 import tgdpo
-from common import command, cut_left, strict
+from common import command, strict
 from tgdpo import InputError, option
 
 
@@ -197,7 +197,7 @@ def answer_all(questions, temperatures, model, tokenizer, options, length, file)
             for i in [i for i, rounds in enumerate(questions) if turn < len(rounds)]:
                 talks[i] = talks[i] + questions[i][turn]
                 ids = prompt_ids(tokenizer, talks[i], i)
-                prompts[i] = cut_left(ids, max(1, length - options.max_new_tokens), tokenizer.bos_token_id)
+                prompts[i] = tgdpo.cut_left(ids, max(1, length - options.max_new_tokens), tokenizer.bos_token_id)
                 cut += len(prompts[i]) < len(ids)
                 facts_here = [*facts, i, turn, temperatures[i], prompts[i]]
                 keys[i] = hashlib.sha256(json.dumps(facts_here).encode()).hexdigest()[:32]

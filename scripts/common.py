@@ -2,10 +2,8 @@
 
     strict(parser)                     a parser whose complaints are one line each
     command(work)                      run a companion's work -> exit status; one line for what went wrong
-    quiet()                            leave the terminal to what the companion says itself
     check_output(file)                 a .jsonl file can be made there
     whole_tokens(row, tokenizer)       a row's prompt and responses as token ids, nothing cut
-    cut_left(ids, room, bos)           ids without their left end; a BOS stays
     write_rewards(file, rows, pairs, columns, tokenizer)     pairs with token rewards -> a data set
     columns_of(values, pairs, options, title)       values(batch) -> (N, R), over all pairs -> columns
     from_scratch(sequences, tokenizer, options, folder, steps)      a tiny GPT-2 from scratch
@@ -15,12 +13,10 @@ columns are [chosen, rejected], each a list with one list of numbers for each pa
 import json
 import random
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import datasets
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
@@ -35,20 +31,10 @@ def strict(parser):
     return parser
 
 
-def quiet():
-    """Leave the terminal to what a companion says itself."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")   # checkpoints say so of a single process
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")   # r̂ and the tokens, on a terminal that lacks such letters
-
-
 def command(work):
     """Run what a companion does -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off; 130 for
     Ctrl-C; each but 0 with one line that says why."""
-    quiet()
+    tgdpo.quiet()
     try:
         work()
         return 0
@@ -76,14 +62,6 @@ def whole_tokens(row, tokenizer):
     texts, chat = tgdpo.pair_texts(row, tokenizer)
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     return tgdpo.split_tokens(ids, tokenizer, not chat, sys.maxsize)[:2]
-
-
-def cut_left(ids, room, bos):
-    """At most `room` ids, those at the right end; a BOS stays."""
-    if len(ids) <= room:
-        return ids
-    kept = ids[:1] if ids[0] == bos else []
-    return kept + ids[len(ids) - room + len(kept):]
 
 
 def write_rewards(file, rows, pairs, columns, tokenizer):

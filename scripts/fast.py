@@ -8,22 +8,23 @@
 It sets its own functions into tgdpo.py and calls tgdpo.main. Numbers differ by rounding only. What each trick changes:
 
     shared prompts    a pair is one row, prompt + chosen + rejected, and its prompt is computed once (collate). A
-                      rejected token has the position that it has behind the prompt and does not see the chosen response.
+                      rejected token has its position behind the prompt and does not see the chosen response.
     two calls         attention of such a row: prompt and chosen response, then the rejected one against prompt and
                       itself (pair_attention). One call under a mask would compute what the mask then hides.
     block-wise        the softmax over the vocabulary goes in blocks that stay in the CPU's cache, and its gradient is
                       written over the logits: one tensor of them, where autograd holds three (LabelLogps).
     gelu              GPT-2's activation in one kernel instead of eight (prepare_model).
 
-What each brings on your machine: python scripts/benchmark.py --without. On 2 cores, float32, a GPT-2 of 4 layers and 512
-tokens, 40 real pairs, medians of two runs: without shared prompts annotating takes 1.07 times as long and training 1.10;
-without LabelLogps 1.08 and 1.07, and 138 MiB more; without its blocks 1.08 and 1.00, and 48 MiB more; without gelu 0.99
-and 0.93, which is noise, and 64 MiB more; with one attention call 1.00 and 0.97, since prompts were short there.
+What each brings on your machine: python scripts/benchmark.py --without. On 2 cores, float32, a GPT-2 of 4 layers and
+512 tokens, 40 real pairs, medians of two runs: without shared prompts annotating takes 1.07 times as long, training
+1.10; without LabelLogps 1.08 and 1.07, and 138 MiB more; without its blocks 1.08 and 1.00, and 48 MiB more; without
+gelu 0.99 and 0.93, which is noise, and 64 MiB more; with one attention call 1.00 and 0.97, since prompts were short
+there.
 
-Not every model can share prompts: one that reads a row token by token (Mamba and its hybrids), that counts distances
-instead of positions, or whose window is shorter than a sequence carries something of the chosen response into the
-rejected one. So the model to train is tried first, on the pair with the longest sequence (refusal). The choice holds for
-the whole run: it stands in run.json and in the name of the cached annotations.
+Not every model can share prompts. A model that reads a row token by token (Mamba and its hybrids), that counts
+distances instead of positions, or whose window is shorter than a sequence carries something of the chosen response
+into the rejected one. So the model to train is tried first, on the pair with the longest sequence (refusal). The
+choice holds for the whole run: it stands in run.json and in the name of the cached annotations.
 """
 import json
 import sys
@@ -149,7 +150,7 @@ class LabelLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """g (M,) -> g (1[v = label] - π(v|s)), (M, V). In float32 until it is whole: 1 - π is small where π is near 1,
+        """g (M,) -> g (1[v = label] - π(v|s)), (M, V). In float32 until it is whole: 1 - π is small for π near 1,
         and each of the two rounded to bfloat16 would leave little of it."""
         logits, labels = ctx.saved_tensors
         parts = [x.split(ctx.size) for x in (logits, labels[:, None], grad[:, None])]
@@ -187,7 +188,7 @@ def prepare_model(model, options):
     return PLAIN.prepare_model(model, options)
 
 
-# ------------------------------------------------------------------------------------ one choice for all models of a run
+# ----------------------------------------------------------------------------------- one choice for all models of a run
 def logps_and_taught(model, rows, shared, learn):
     """Log-probs of one pair (2, R) in a layout; with learn, the names of parameters to which they give a gradient."""
     with patch.object(RUN, "shared", shared), torch.set_grad_enabled(learn):
@@ -238,7 +239,7 @@ def refusal(name, options, learn):
 
 @torch.no_grad()
 def slower(name, options):
-    """Whether shared prompts take longer, which is measured: the mask of a rejected response rules flash attention out."""
+    """Whether shared prompts take longer, measured: the mask of a rejected response rules flash attention out."""
     model, seconds = PLAIN.load_model(name, options), {False: [], True: []}
     for shared in (False, True) * 3:
         with patch.object(RUN, "shared", shared):
@@ -297,8 +298,8 @@ def reward_then_train(options, tokenizer, pairs, counts):
     PLAIN.reward_then_train(options, tokenizer, pairs, counts)
 
 
-OWN = {f.__name__: f for f in (Options, collate, microbatches, token_logps, prepare_model, load_model, annotation_folder,
-                               open_run, reward_then_train)}
+OWN = {f.__name__: f for f in (Options, collate, microbatches, token_logps, prepare_model, load_model,
+                               annotation_folder, open_run, reward_then_train)}
 
 
 def faster():

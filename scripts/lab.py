@@ -5,10 +5,11 @@
     python scripts/lab.py                         the full study of scripts/lab/README.md
     python scripts/lab.py --report FOLDER         only the summary, the answers and the figures, from its results.jsonl
 
-On the tiny language (scripts/tiny_language.py) the true reward of each token is known. For each seed a world is made: a language
-model, 4000 labelled pairs, models that give token rewards. Each point trains one policy in it and judges that. Points
-run in parallel processes; every finished one is a row of results.jsonl (two of an on-policy method), and the same
-command goes on where it stopped. summary.csv has means and 95 % intervals over seeds of every point in results.jsonl.
+On the tiny language (scripts/tiny_language.py) the true reward of each token is known. For each seed a world is made:
+a language model, 4000 labelled pairs, models that give token rewards. Each point trains one policy in it and judges
+that. Points run in parallel processes; every finished one is a row of results.jsonl (two of an on-policy method), and
+the same command goes on where it stopped. summary.csv has means and 95 % intervals over seeds of every point in
+results.jsonl.
 """
 import argparse
 import csv
@@ -40,7 +41,7 @@ import tgdpo
 import tiny_language
 import token_rewards
 import treg
-from common import command, quiet, strict
+from common import command, strict
 from tgdpo import InputError
 
 T_97_5 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}   # by seeds
@@ -129,7 +130,8 @@ def make_world(folder, seed, quick):
     for name, changes in (("dpo", {"loss": "dpo"}), ("early", {"loss": "dpo", "num_train_epochs": 0.25}),
                           ("simpo", {"loss": "simpo", "beta": 2.0})):
         if name in wanted | {"dpo"}:   # to which all are compared
-            tgdpo.reward_then_train(replace(options, output_dir=str(folder / name), **changes), tokenizer, pairs, counts)
+            stage = replace(options, output_dir=str(folder / name), **changes)
+            tgdpo.reward_then_train(stage, tokenizer, pairs, counts)
             found[name] = token_rewards.log_ratio(str(folder / name), start, pairs, options)
     if "classifier" in wanted:
         rto.train_reward_model("token", start, pairs, options, folder / "token")
@@ -251,7 +253,7 @@ def train_on_policy(w, setting, marks):
 
 def work(folder, job, size):
     """One job in a process of its own: a world, or a point in one -> rows of results.jsonl."""
-    quiet()
+    tgdpo.quiet()
     torch.set_num_threads(1)   # the models are small: two processes do more than two threads
     seed, world = job["seed"], Path(folder) / "worlds" / str(job["seed"])
     with redirect_stdout(io.StringIO()):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import tgdpo
 import tiny_language
-from common import command, cut_left, strict
+from common import command, strict
 from tgdpo import InputError, option
 
 
@@ -168,7 +168,7 @@ def make_critic(path, options):
 
 
 def token_scores(model, batch, ahead, options):
-    """A token classifier's score of each response token -> float32 (N, R), 0 on padding: read at the state that predicts
+    """A token classifier's score of each response token -> float32 (N, R), 0 on padding: at the state that predicts
     it (ahead 0), or at the token itself, which stands one place after that (ahead 1)."""
     with torch.autocast(model.device.type, getattr(torch, options.dtype), enabled=options.dtype != "float32"):
         scores = model(input_ids=batch["input_ids"], use_cache=False).logits[..., 0]    # (N, T)
@@ -358,7 +358,7 @@ def read_prompts(options, base):
     if room < 1:
         raise InputError(f"--max_new_tokens is {options.max_new_tokens}; expected less than {length}, the positions of "
                          "a model")
-    return tokenizer, [cut_left(ids, room, bos) for ids in pairs["prompt_ids"]], counts
+    return tokenizer, [tgdpo.cut_left(ids, room, bos) for ids in pairs["prompt_ids"]], counts
 
 
 def run(options, tokenizer, prompts, counts):

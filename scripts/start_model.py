@@ -21,7 +21,7 @@ from common import command, from_scratch, strict
 from tgdpo import Unusable, need
 
 
-def train_tokenizer(texts, max_length, size):
+def train_tokenizer(texts, size=4096, max_length=None):
     """A byte-level BPE of so many tokens, trained on texts, with a chat template."""
     core = Tokenizer(models.BPE())
     special = ["<unk>", "<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -59,7 +59,7 @@ def make(own):
         value = getattr(own, name)
         need(value >= least, f"--{name} is {value}; expected at least {least}")
     rows = tgdpo.load_rows(own.dataset, own.dataset_split)
-    tokenizer = train_tokenizer(texts_of(rows), own.max_length, own.vocab_size)
+    tokenizer = train_tokenizer(texts_of(rows), own.vocab_size, own.max_length)
     pairs, _ = tgdpo.tokenize(rows, tokenizer, own.max_length, own.dataset)
     sequences = [pair["prompt_ids"] + pair[side] for pair in pairs for side in tgdpo.IDS]
     options = tgdpo.Options(seed=own.seed, max_length=own.max_length, device="cpu")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import tgdpo
 import tiny_language
-from common import check_output, command, cut_left, strict, whole_tokens, write_rewards
+from common import check_output, command, strict, whole_tokens, write_rewards
 
 # Behind the prompt, since what is too long loses its left end.
 BETTER = "{prompt}\n\nYour answer must be helpful, correct, coherent and concise."
@@ -75,7 +75,7 @@ def asked(rows, pairs, tokenizer, positions, template):
             for some in (turns, wrap(turns, template))]
         room = positions - max(len(pair[ids]) for ids in tgdpo.IDS)
         room = min(room, len(pair["prompt_ids"]) + len(wrapped) - len(plain))
-        prompts.append(cut_left(wrapped, room, tokenizer.bos_token_id))
+        prompts.append(tgdpo.cut_left(wrapped, room, tokenizer.bos_token_id))
     return datasets.Dataset.from_dict({"prompt_ids": prompts} | {ids: pairs[ids] for ids in tgdpo.IDS})
 
 

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import tgdpo
 
@@ -63,26 +63,6 @@ def word_tokenizer(bos=False, eos=True, template=None, special=("<|im_start|>", 
     )
     tokenizer.chat_template = template
     return tokenizer
-
-
-def word_pieces(texts, size=4096):
-    """A byte-level BPE of `size` tokens, trained on texts, whose template ends each turn with <eos>, token 2."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<unk>", "<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=alphabet),
-    )
-    template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", chat_template=template,
-        additional_special_tokens=special[3:],
-    )
 
 
 def ids(text):

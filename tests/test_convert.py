@@ -1,4 +1,4 @@
-"""scripts/convert.py: each layout becomes the messages that a reader would write down, and tgdpo.py uses all of them."""
+"""scripts/convert.py: each layout becomes the messages that a reader would write down. tgdpo.py uses all of them."""
 
 import json
 
@@ -55,7 +55,11 @@ LAYOUTS = {  # row -> the prompt's messages; the answers are "yes ." and "no"
         [system("blue"), *TALK],
     ),
     "whole conversations": (
-        dict(prompt="red cat ?", chosen=[user("red cat ?"), assistant("yes .")], rejected=[user("red cat ?"), assistant("no")]),
+        dict(
+            prompt="red cat ?",
+            chosen=[user("red cat ?"), assistant("yes .")],
+            rejected=[user("red cat ?"), assistant("no")],
+        ),
         [user("red cat ?")],
     ),
     "transcripts": (dict(chosen=HH + "yes .", rejected=HH + "no"), TALK),
@@ -64,7 +68,7 @@ LAYOUTS = {  # row -> the prompt's messages; the answers are "yes ." and "no"
         [user("red cat ?")],
     ),
     "Python": (SIDES | dict(prompt=str(TALK)), TALK),
-    "parts": (SIDES | dict(prompt=[{"role": "user", "content": [{"type": "text", "text": "red cat ?"}]}]), [user("red cat ?")]),
+    "parts": (SIDES | dict(prompt=[user([dict(type="text", text="red cat ?")])]), [user("red cat ?")]),
 }
 
 
@@ -150,7 +154,9 @@ def test_where_rows_lie(tmp_path, capsys):
     files = {
         "data.json": json.dumps({"data": rows}),
         "split.json": json.dumps({"train": rows, "test": rows[:1]}),
-        "viewer.json": json.dumps({"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": r} for i, r in enumerate(rows)]}),
+        "viewer.json": json.dumps(
+            {"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": r} for i, r in enumerate(rows)]}
+        ),
         "table.csv": "prompt,chosen,rejected\ndog ?,yes .,no\nred cat ?,yes .,no\n",
         "table.tsv": "prompt\tchosen\trejected\ndog ?\tyes .\tno\nred cat ?\tyes .\tno\n",
     }

@@ -52,7 +52,7 @@ def test_formats_without_a_template(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_with_a_template(name):
-    """<|im_start|> user \\n red cat ? <|im_end|> \\n <|im_start|> assistant \\n  ->  yes . <|im_end|>; no \\n behind it"""
+    """<|im_start|> user \\n red cat ? <|im_end|> \\n <|im_start|> assistant \\n  ->  yes . <|im_end|>, and no \\n"""
     prompt = [4, *ids("user"), 6, *PROMPT, 5, 6, 4, *ids("assistant"), 6]
     assert one(FORMATS[name], word_tokenizer(template=CHATML, eos="<|im_end|>")) == [
         prompt,
@@ -88,7 +88,10 @@ TEXT = FORMATS["strings"]
         (dict(chosen=" yes", rejected=" no", system="blue", question="dog ?"), "no prompt"),
         (dict(TEXT, prompt=[USER, dict(role="assistant", content="", tool_calls=[dict(name="clock")])]),
          "a message without a role or without text, or with a tool call"),
-        (dict(TEXT, prompt=[dict(role="user", content=[dict(type="image", image="cat.png")])]), "an image in a message"),
+        (
+            dict(TEXT, prompt=[dict(role="user", content=[dict(type="image", image="cat.png")])]),
+            "an image in a message",
+        ),
         (dict(prompt="dog ?", chosen=[USER, YES], rejected=[USER, NO]),
          "a prompt that the conversations in chosen and rejected do not repeat"),
     ],
@@ -201,7 +204,7 @@ def test_an_empty_prompt_begins_with_bos_or_eos():
 
 
 def test_the_prompt_is_a_true_prefix_where_tokens_merge_across_the_boundary():
-    """A byte-level BPE that knows "ab": of "ca" + "bc" the model reads c ab c. The prompt is what all three begin with."""
+    """A byte-level BPE that knows "ab": of "ca" + "bc" it makes c ab c. The prompt is what all three begin with."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     import transformers
 
@@ -394,10 +397,10 @@ def test_a_parquet_file_is_read_by_its_very_name_and_in_its_present_content(tmp_
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2"),
         ("a.json", "[1, 2", "cannot be used: JSONDecodeError"),
-        ("a.csv", "x,y", r"expected \.json, .* cannot be used"),
+        ("a.csv", "x,y", "unknown kind; expected .json, .* scripts/convert.py reads .csv"),
         ("a.jsonl", b"\xff\xfe\x00", "cannot be used: UnicodeDecodeError"),
         ("a.parquet", "no", "cannot be used"),
-        (None, None, r"expected \.json, .* No such file"),
+        (None, None, "missing.jsonl cannot be used: FileNotFoundError: .*No such file"),
     ],
 )
 def test_unreadable_files(tmp_path, name, text, message):
@@ -577,3 +580,15 @@ def test_thoughts_are_trained_or_the_pair_is_dropped():
 def test_of_several_templates_the_default_is_used():
     tokenizer = byte_tokenizer({"default": CHATML, "tool_use": "TOOLS" + CHATML})
     assert texts(FRUIT, tokenizer) == texts(FRUIT, byte_tokenizer(CHATML))
+
+
+def test_numbers_on_one_side_or_in_later_rows_only_are_not_lost():
+    row = dict(FORMATS["strings"], chosen_rewards=[0.5, 1, -1.0])
+    with pytest.raises(tgdpo.InputError, match="row 0: rejected_rewards has no list of numbers; expected 2"):
+        tgdpo.tokenize([row], word_tokenizer(), 64, "test")
+    worth = dict(chosen_worth=[0.5, 1, -1.0], rejected_worth=[2.0, 0.25])
+    with pytest.raises(tgdpo.InputError, match="row 0: chosen_worth has no list of numbers; expected 3"):
+        tgdpo.tokenize([FORMATS["strings"], FORMATS["strings"] | worth], word_tokenizer(), 64, "test")
+    names = dict(chosen_models=["a", "b"], rejected_models=["c"])
+    pairs, _ = tgdpo.tokenize([FORMATS["strings"] | names], word_tokenizer(), 64, "test")
+    assert "chosen_models" not in pairs.column_names

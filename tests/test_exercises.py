@@ -423,7 +423,7 @@ def test_a_reward_behind_a_rare_token(graded):
 
 @pytest.mark.exercises("theorem_4_1")
 def test_a_response_that_has_ended_is_worth_0(graded):
-    """Half of the responses end at once; the others earn -10. Walking nowhere is worth 0, so the bound is 0, not -10."""
+    """Half of the responses end at once, the others earn -10. Walking nowhere is worth 0: so is the bound, not -10."""
     language = Language([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], [[0.0, 0.0], [-10.0, -10.0], [0.0, 0.0]], 1.0, 2, end=1)
     ref, _, *tree = language.tensors()
     bound, fixed = graded.theorem_4_1(ref, language.log_Z(), 1.0, tuple(tree))
@@ -442,7 +442,8 @@ def test_theorem_4_1_on_a_random_language(graded):
         depths, other = language.depths(), language.fixed(language.ref)
         want = sum(map(max, depths))
         slips = {
-            "the maximum over π is taken before the expectation over states: that is (4b) with the reference's states; in "
+            "the maximum over π is taken before the expectation over states: that is (4b) with the reference's states; "
+            "in "
             "(4.1) the policy walks to the best state of each depth": other,
             "beta looks forgotten: each term is β log Z": 2 * want,
             "one maximum over all states; each depth has its own": 3 * max(map(max, depths)),

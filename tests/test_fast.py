@@ -113,7 +113,7 @@ def test_shared_rows_go_together_by_their_own_length(monkeypatch):
             assert [len(rows) for rows, _ in fast.microbatches(pairs, options)] == sizes
 
 
-# ---------------------------------------------------------------------------------------------------- who can share them
+# --------------------------------------------------------------------------------------------------- who can share them
 LONG = {"prompt_ids": [ids(range(4, 20), k=9), [5, 6]], "chosen_ids": [ids(range(4, 20), k=8), [7, 8, 9, 3]],
         "rejected_ids": [ids(range(4, 20), k=7), [8, 5, 3]]}  # fmt: skip
 HYBRID, LEAKS = dict(num_hidden_layers=4), "what the chosen response says changes log-probs of the rejected one, by "

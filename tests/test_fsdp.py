@@ -15,8 +15,9 @@ import torch
 import transformers
 
 import tgdpo
-from conftest import Bench, make_model, rows_of, word_pieces, write_rows
+from conftest import Bench, make_model, rows_of, write_rows
 from ranks import totals, unfinish
+from start_model import train_tokenizer
 from test_train import close, curve
 
 ROOT = Path(tgdpo.__file__).parent
@@ -324,7 +325,10 @@ STEEP = dict(learning_rate=1e30, lr_scheduler_type="constant", warmup_ratio=0, m
 @pytest.mark.parametrize(
     "options, line",
     [
-        (dict(dataset="nothing.json"), r"error: --dataset nothing\.json \(expected .*No such file.*"),  # seen by rank 0 alone
+        (  # seen by rank 0 alone
+            dict(dataset="nothing.json"),
+            r"error: --dataset nothing\.json cannot be used: FileNotFoundError: .*No such file.*",
+        ),
         (STEEP, r"stopped at step 2: loss \(of pairs \[(\d, ){7}\d\]\) or gradient is no number; .*"),  # by all ranks
     ],
 )
@@ -343,7 +347,7 @@ def test_a_failure_under_torchrun_is_one_line_and_nobody_waits(tmp_path, options
 def test_a_killed_rank_ends_the_job_and_the_run_continues(tmp_path, real_pairs):
     """kill -9 of rank 1 on real pairs: all end within a minute; --resume on 2 ranks gives the uninterrupted curve."""
     rows = json.loads(real_pairs.read_text())
-    tokenizer = word_pieces([json.dumps(row) for row in rows])
+    tokenizer = train_tokenizer([json.dumps(row) for row in rows])
     model = make_model(
         tmp_path / "model", tokenizer=tokenizer, vocab_size=len(tokenizer), n_positions=128, eos_token_id=2
     )

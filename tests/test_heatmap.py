@@ -24,7 +24,8 @@ import transformers
 
 import tgdpo
 from common import whole_tokens
-from conftest import eight_pairs, make_model, write_rows, word_pieces
+from conftest import eight_pairs, make_model, write_rows
+from start_model import train_tokenizer
 
 
 
@@ -192,7 +193,7 @@ class Made:
 
     def __init__(self, folder):
         self.folder = folder
-        self.tokenizer = word_pieces([json.dumps(row) for row in ROWS] * 2, 300)
+        self.tokenizer = train_tokenizer([json.dumps(row) for row in ROWS] * 2, 300)
         sizes = dict(tokenizer=self.tokenizer, vocab_size=len(self.tokenizer), n_positions=1024, scale=4.0)
         self.reference, self.judge, self.policy = [
             make_model(folder / name, seed=seed, **sizes) for seed, name in enumerate(["reference", "judge", "policy"])
@@ -354,7 +355,7 @@ def test_tokens_join_for_words_and_cut_characters(bench):
     tokenizer = tgdpo.load_tokenizer(bench.model)
     pieces = heatmap.pieces(tokenizer, tokenizer("red cat ?").input_ids, tokenizer("yes no .").input_ids)
     assert pieces == [" yes", " no", " ."]
-    tokenizer = word_pieces(["abc"], 262)
+    tokenizer = train_tokenizer(["abc"], 262)
     ids = tokenizer("a😊", add_special_tokens=False).input_ids
     assert heatmap.pieces(tokenizer, ids[:1], ids[:-1]) == ["a"] + [""] * (len(ids) - 2)
 
@@ -362,7 +363,7 @@ def test_tokens_join_for_words_and_cut_characters(bench):
 def test_real_pairs(real_pairs, tmp_path):
     """A tokenizer from scratch on the 300 real pairs: every response's tokens join to its text."""
     rows = json.loads(real_pairs.read_text())
-    tokenizer = word_pieces([json.dumps(row, ensure_ascii=False) for row in rows[:60]], 600)
+    tokenizer = train_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows[:60]], 600)
     for row in rows[::6]:
         _, answers = tgdpo.read_pair(row)
         prompt_ids, both = whole_tokens(row, tokenizer)
@@ -483,7 +484,8 @@ def test_what_cannot_be_used(made, bench, capsys, tmp_path):
     refused(capsys, made.argv(f"--output={tmp_path / 'x.txt'}"), "is no .html")
     refused(capsys, made.argv(), "neither --output nor --terminal")
     refused(capsys, made.argv(f"--output={page}", reward_model=None), "no reward model")
-    refused(capsys, made.argv(f"--output={page}", dataset=None), "--model_name_or_path and --dataset: expected both or none")
+    both = "--model_name_or_path and --dataset: expected both or none"
+    refused(capsys, made.argv(f"--output={page}", dataset=None), both)
     refused(capsys, made.argv(f"--output={page}", model_name_or_path=None), "expected both or none")
     refused(capsys, made.argv(f"--output={page}", "--pairs=0"), "--pairs is 0")
     refused(capsys, made.argv(f"--output={page}", "--pairs=many"), "--pairs", "many")

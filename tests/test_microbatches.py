@@ -1,4 +1,4 @@
-"""How a step is cut into passes, the head into chunks, bfloat16, and what a run does only once: no number depends on it."""
+"""How a step is cut into passes, the head into chunks, bfloat16, what a run does only once: no number depends on it."""
 
 import random
 
@@ -84,12 +84,12 @@ def passes_and_results(pairs, options, order):
     return len(calls), totals, losses, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("loss", ["tgdpo", "simpo"])
-def test_how_a_step_is_cut_into_passes_does_not_matter(loss, monkeypatch):
+@pytest.mark.parametrize("loss, alpha", [("tgdpo", 0.5), ("tgdpo", 4.0), ("simpo", 0.5)])
+def test_how_a_step_is_cut_into_passes_does_not_matter(loss, alpha, monkeypatch):
     """One pass of all 13 pairs, passes of one, passes by tokens, another order: the same gradient, loss of each pair,
     and totals."""
     pairs = random_pairs(13)
-    options = tgdpo.Options(device="cpu", dtype="float32", loss=loss, per_device_train_batch_size=13)
+    options = tgdpo.Options(device="cpu", dtype="float32", loss=loss, alpha=alpha, per_device_train_batch_size=13)
     splits = {
         "one pass": (options, 10**6, range(13)),
         "single pairs": (options, 1, range(13)),

@@ -68,7 +68,7 @@ def test_a_file_of_options_and_flags_that_override_it(tmp_path, name, text):
         (["--alpha", "-1"], "--alpha is -1.0; expected a number, 0 or above"),
         (["--reward_beta", "-1"], "--reward_beta"),
         (["--warmup_ratio", "1.5"], "at most 1"),
-        (["--max_length", "0"], "--max_length is 0; expected a whole number above 0"),
+        (["--max_length", "3"], "--max_length is 3; expected 4 or more"),
         (["--max_steps", "0"], "-1 or a number above 0"),
         (["--eval_size", "1.5"], "a share below 1 or a whole number"),
         (["--logging_steps", "0"], "above 0"),

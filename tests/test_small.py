@@ -9,6 +9,7 @@ Rewards and probabilities of the seven responses, from the tables in the file:
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -71,9 +72,8 @@ def test_the_decomposition_by_hand(capsys):
     found, tag = {}, ""
     for line in text.splitlines():
         tag = line.split(")")[0] if line.startswith("(") else tag
-        numbers = line.replace("0.25", "").split(")", 1)[-1] if line.startswith("(") else line
-        words = "".join(c if c in "0123456789.-" else " " for c in numbers).split()
-        found.setdefault(tag, []).extend(float(w) for w in words if w.strip(".-").replace(".", "").isdigit() and "." in w)
+        text = line.replace("0.25", "").removeprefix(tag + ")")
+        found.setdefault(tag, []).extend(float(number) for number in re.findall(r"-?\d+\.\d+", text))
     start, after_not = -0.23662, 0.99631
     assert found["(1b"] == [
         -0.444,  # ( -1 - 1 + 2 - 1 - 1 - 2 ) / 9
@@ -138,7 +138,8 @@ def test_the_table_against_sums_over_the_seven_responses(tmp_path, monkeypatch, 
     assert tgdpo.main(argv) == 0
     run, text = json.loads((out / "run.json").read_text()), capsys.readouterr().out
     table, beta = run["table"], 0.5
-    folders = {"reference": "start_model", "tgdpo": ".", "reward model": "reward_model", "tgdpo, true r": "true_rewards"}
+    folders = {"reference": "start_model", "tgdpo": ".", "reward model": "reward_model"}
+    folders["tgdpo, true r"] = "true_rewards"
     assert list(table) == [*folders, "each state alone", "optimum"]
     assert table["reference"] == pytest.approx([-4 / 9, -4 / 9, 0, 1 / 9], abs=1e-5)
     for name, folder in folders.items():
