@@ -33,7 +33,7 @@ Shapes stand beside tensors: S states, A actions, Y responses of a small languag
 sequences (the chosen ones first), T tokens of the longest sequence, R of the longest response, M
 response tokens in all, H hidden size, V vocabulary. Sections 1 to 4 are the method.
 """
-import gc, gzip, hashlib, json, math, os, random, re, shutil, subprocess, sys, time, warnings
+import gc, gzip, hashlib, inspect, json, math, os, random, re, shutil, subprocess, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 from unittest.mock import patch
 
-import datasets, pyarrow.compute, pyarrow.parquet, torch, transformers, yaml
+import datasets, filelock, pyarrow.compute, pyarrow.parquet, torch, transformers, yaml
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
@@ -54,6 +54,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+TOKENIZER_FILES = ("tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model "
+                   "chat_template* additional_chat_templates/*").split()
+LOCKS = []  # on the folders of this process's run
 SIDES, IDS = ("chosen", "rejected"), ("chosen_ids", "rejected_ids")
 INTS, FLOATS = [datasets.List(datasets.Value(kind)) for kind in ("int32", "float32")]
 
@@ -229,6 +232,13 @@ def collate(rows, device):
               "places": mask.flatten().nonzero().squeeze(1)}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
+def decoder(model):
+    """A model without its head. Some name as decoder a part of the head, or all of the model."""
+    named = model.get_decoder()
+    if isinstance(named, transformers.PreTrainedModel) and not named.get_output_embeddings():
+        return named
+    return getattr(model, "model", model.base_model)
+
 def head_logits(model, hidden, output_class):
     """Hidden states (M, H) -> logits (M, V), by what the model's own forward does after its body.
 
@@ -238,7 +248,7 @@ def head_logits(model, hidden, output_class):
     def hand_on(*args, **kwargs):
         """What the body returns for this call."""
         return output_class(last_hidden_state=hidden[None])
-    with patch.object(model.get_decoder(), "forward", hand_on):
+    with patch.object(decoder(model), "forward", hand_on):
         # model.forward, not model(): a sharded model's weights are gathered already
         return model.forward(inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0)
 
@@ -255,7 +265,7 @@ def token_logps(model, batch, dtype="float32"):
         return logits.log_softmax(-1, dtype=torch.float32).gather(-1, labels[:, None])[:, 0]
     ids, labels = batch["input_ids"], batch["labels"]
     with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        output = model.get_decoder()(input_ids=ids, use_cache=False)
+        output = decoder(model)(input_ids=ids, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[batch["states"]]  # (M, H)
         size = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
         if len(labels) <= size:
@@ -309,13 +319,14 @@ def annotate(pairs, column, name, options):
     They are kept in cache_dir, under the content of the model and of the pairs. No β is in them:
     no option of the loss can make them stale.
     """
-    store = annotation_folder(pairs, name, options)
-    if once(store.is_dir):
-        print(f"{column} from the cache: {store}")
-    else:
+    file = annotation_file(pairs, name, options)
+    logps = once(read_annotation, file, pairs)
+    if logps is None:
         logps = frozen_logps(name, pairs, options, f"annotate: {column}")
-        once(write_annotation, store, logps)
-    return add_columns(pairs, column, once(read_annotation, store))
+        once(write_annotation, file, logps)
+    else:
+        print(f"{column} from the cache: {file}")
+    return add_columns(pairs, column, logps)
 
 def add_token_rewards(pairs, beta):
     """Pairs with r̂ of each response token as rewards, from their rm_logps and ref_logps."""
@@ -348,13 +359,15 @@ def losses_and_totals(model, batch, options):
 def run_pairs(model, pairs, options, learn):
     """Pairs through the loss -> their totals, on all processes. With learn, gradients add up: each
     loss is divided by the number of these pairs, so any split gives one large batch's gradient."""
-    mine, found = [], []
-    for rows, counted in microbatches(pairs, options):
+    mine, found, groups = [], [], microbatches(pairs, options)
+    for n, (rows, counted) in enumerate(groups, 1):
         with torch.set_grad_enabled(learn):
             batch = collate(pairs[rows], model.device)
             losses, totals = losses_and_totals(model, batch, options)
         if learn:  # times world(), since FSDP takes the mean over processes
             weight = world() / len(pairs) if counted else 0.0
+            if options.hsdp:  # across machines once a step
+                model.set_requires_all_reduce(n == len(groups))
             (weight * losses.sum()).backward()
         if counted:
             mine.append((rows, losses.detach(), totals))
@@ -557,12 +570,20 @@ def load_rows(name, split):
                 rows = json.loads(text)
             except json.JSONDecodeError:  # an object a line
                 rows = json.loads("[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]")
-            return rows if isinstance(rows, list) else [rows]
+            rows = rows if isinstance(rows, list) else [rows]
+            inside = [key for key in rows[0] if isinstance(rows[0][key], list)] if len(
+                rows) == 1 and isinstance(rows[0], dict) and not {*SIDES} & {*rows[0]} else []
+            need(not inside, f"--dataset {name}: a JSON object with a list in {', '.join(inside)}; "
+                 "expected the list; scripts/convert.py writes it")
+            return rows
         if name.endswith(".parquet"):  # not by load_dataset, whose cache may be older
             return datasets.Dataset(pyarrow.parquet.read_table(name))
         need(not os.path.isfile(name), f"--dataset {name}: a file of an unknown kind; expected "
              ".json, .jsonl(.gz), .parquet, a saved data set or a hub name; scripts/convert.py "
              "reads .csv")
+        saved = {"dataset_dict.json", "state.json"}
+        need(not os.path.isdir(name) or saved & {*os.listdir(name)}, f"--dataset {name}: a directory "
+             "that `datasets` did not save; scripts/convert.py reads a cloned data set")
         data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name)
         if not isinstance(data, datasets.DatasetDict):
             return data
@@ -812,7 +833,10 @@ def small_data(options, start, file):
         if y != z:
             row = {"prompt": ". ", "chosen": RESPONSES[w], "rejected": RESPONSES[l]}
             lines.append(json.dumps(row) + "\n")
-    write(file, "".join(lines))
+    text = "".join(lines)
+    need(not file.exists() or file.read_text() == text, f"--resume: {file} has other pairs; "
+         "expected the --seed and --max_length that the run began with")
+    write(file, text)
     rows = load_rows(str(file), None)
     return tokenizer, *tokenize(rows, tokenizer, options.max_length, str(file))
 
@@ -828,6 +852,7 @@ def run_small(options):
     """Pairs, a DPO model, TGDPO with its r̂ and with the true rewards; then J of each, exactly."""
     folder, beta = Path(options.output_dir), options.beta
     start, file = folder / "start_model", folder / "pairs.jsonl"
+    once(lock, folder)
     tokenizer, pairs, counts = once(small_data, options, start, file)
     options = replace(options, model_name_or_path=str(start), dataset=str(file))
     reward_then_train(options, tokenizer, pairs, counts)
@@ -895,8 +920,9 @@ def pairs_of_step(n, step, options):
 
 def make_optimizer(model, n, options):
     """AdamW and its schedule for n pairs -> (optimizer, scheduler, number of steps)."""
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1]},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, options.learning_rate, fused=True,
                                   weight_decay=options.weight_decay)
     steps = math.ceil(options.num_train_epochs * math.ceil(n / batch_size(options)))
@@ -908,7 +934,10 @@ def make_optimizer(model, n, options):
 def clip_gradients(model, max_norm):
     """Scale the gradients to a norm, over all ranks, of at most max_norm (0: any) -> norm before.
     Row by row first: torch's float32 norm of a large tensor is inexact on the CPU (7e-4)."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:  # unused: AdamW keeps a state of it for --resume
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
     rows = [torch.linalg.vector_norm(grad, dim=-1) if grad.ndim > 1 else grad for grad in grads]
     norm = torch.nn.utils.get_total_norm(rows)
     norm = norm.full_tensor() if dist.is_initialized() else norm
@@ -927,7 +956,7 @@ def once(work, *args, **kwargs):
     """work(...) by rank 0 alone -> its result, on all. If it raises, torchrun ends the others."""
     box = [None if rank() else work(*args, **kwargs)]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=PATIENT)
     return box[0]
 
 def gather(value):
@@ -937,17 +966,23 @@ def gather(value):
         dist.all_gather_object(values, value)
     return values
 
+PATIENT = None  # the group in which the others wait for what rank 0 does alone
+
 def start_processes():
     """Join the others, if torchrun started this process: NCCL between GPUs, gloo between CPUs."""
-    if dist.is_initialized() or not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if dist.is_initialized() or "RANK" not in os.environ:
         return False
+    missing = {"LOCAL_RANK", "WORLD_SIZE"} - os.environ.keys()
+    need(not missing, f"the environment has RANK but no {', '.join(sorted(missing))}; expected all "
+         "of them, as torchrun sets them, or none")
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     need(not gpus or local < gpus, f"process {local} (from 0) on a machine with {gpus} GPUs; "
          "expected one for each: fewer with --nproc_per_node, or CUDA_VISIBLE_DEVICES= for the CPU")
     if gpus:
         torch.cuda.set_device(local)  # from here on "cuda" is this one
-    # Hours: the others wait while rank 0 tokenizes or writes a model.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=6))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    global PATIENT  # in a step nobody waits longer than torch's own limit
+    PATIENT = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     sys.stdout = open(os.devnull, "w") if rank() else sys.stdout  # rank 0 speaks for all
     return True
 
@@ -967,8 +1002,13 @@ def shard(model, options):
     from torch.distributed import fsdp
     mesh, dtype = device_mesh(options.device, options.hsdp), getattr(torch, options.dtype)
     policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    for unit in [*blocks, model]:  # the last one: embedding and head, perhaps one tensor, and norm
+    names, times = model._no_split_modules or (), Counter(
+        parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    blocks = [module for module in [*model.modules()][::-1] if type(module).__name__ in names
+              and all(times[p] == 1 for p in module.parameters())]  # the inner ones come first
+    if not blocks:
+        print(f"{type(model).__name__} has no known blocks: each GPU gathers all of it at once")
+    for unit in [*blocks, model]:  # the last one has the rest: embedding, head, norm, tied weights
         fsdp.fully_shard(unit, mesh=mesh, mp_policy=policy)
     model.token_logps = partial(token_logps, model)  # no autocast: the policy does the casting
     fsdp.register_fsdp_forward_method(model, "token_logps")  # gathers the last unit when it runs
@@ -988,8 +1028,14 @@ def load_tokenizer(name):
 
 def load_config(name):
     """The configuration of a model's text part."""
+    folder = model_folder(name)
+    need((folder / "config.json").exists() or not (folder / "adapter_config.json").exists(),
+         f"model {name} is a LoRA adapter; expected a whole model: merge it into its base first")
     with reading(f"the configuration of model {name}"):
-        return AutoConfig.from_pretrained(model_folder(name)).get_text_config()
+        config = AutoConfig.from_pretrained(folder)
+    need(type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING, f"model {name} is a "
+         f"{config.model_type}; expected a causal language model, not one for vision or encoding")
+    return config.get_text_config()
 
 def read_model(name):
     """A causal language model from safetensors, in float32, on the CPU."""
@@ -998,6 +1044,9 @@ def read_model(name):
             model_folder(name), dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     missing = sorted(report["missing_keys"])[:3]  # transformers would go on with random ones
     need(not missing, f"model {name} lacks the weights {missing}; expected a causal language model")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(head, "weight", None) is not embedding.weight:  # whatever the configuration says
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # published with a temperature but no sampling, it could not be saved
@@ -1005,24 +1054,51 @@ def read_model(name):
     return model
 
 def prepare_model(model, options):
-    """Train mode, for gradient checkpointing, with every dropout at 0: the policy and the reference
-    run the same forward. Dropout sits in nn.Dropout modules and in float attributes."""
-    for module in model.modules():
-        for name, value in [*vars(module).items()]:
-            if type(value) is float and ("drop" in name or isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
+    """Eval mode: policy and reference run the same forward, without dropout and noise. What stands
+    beside the decoder, such as a vision tower, gets no gradient and is frozen."""
+    model.eval()
+    trained, body = {*decoder(model).parameters()}, model.base_model
+    for parameter in body.parameters() if body is not model else ():
+        parameter.requires_grad_(parameter in trained)
     if options.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model.train()
+        with reading("--gradient_checkpointing for this model"):
+            model.activation_checkpointing_enable()
+        for block in model.modules():
+            block.training = hasattr(block, "gradient_checkpointing")  # it asks itself alone
+    return model
+
+@torch.no_grad()
+def try_model(name, model):
+    """Raise InputError unless token_logps is right for a model, on one short sequence: twice the
+    same, equal to the model's own logits, and without a look at later tokens."""
+    config = model.config.get_text_config()
+    size = min(8, getattr(config, "max_position_embeddings", None) or 8)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (size,), generator=draw).tolist()
+    rows = {"prompt_ids": [ids[:2]], "chosen_ids": [ids[2:]]}
+    other = rows | {"chosen_ids": [[*ids[2:-1], (ids[-1] + 1) % config.vocab_size]]}
+    with reading(f"model {name}, tried on {size} tokens,"):
+        found, again, changed = [token_logps(model, collate(x, "cpu")) for x in (rows, rows, other)]
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits  # (1, T, V)
+    need(found.isfinite().all(), f"the trial: a log-prob of model {name} is not finite", Diverged)
+    own = logits[:, 1:-1].log_softmax(-1).gather(-1, torch.tensor([ids[2:]])[..., None])[..., 0]
+    for what, difference, most in (("answers at random", again - found, 1e-5),
+                                   ("has other log-probs by its own logits", own - found, 1e-3),
+                                   ("looks at later tokens", (changed - found)[:, :-1], 1e-5)):
+        off = difference.abs().max().item()  # not <=, so that no number is refused, too
+        need(off <= most, f"model {name} {what} (log-probs differ by {off:.1g}); expected a causal "
+             "language model, its head behind its decoder")
 
 def load_model(name, options):
     """A model with the method token_logps, in float32: on the device, or sharded over the ranks.
     Rank 0 alone reads the weights, into host memory; tensor by tensor each rank takes its part."""
     gc.collect()  # models hold themselves in cycles: the one before goes now
     torch.cuda.empty_cache()
-    model = None if rank() else read_model(name)
+    if not rank():
+        model = prepare_model(read_model(name), options)
+        try_model(name, model)
     if not dist.is_initialized():
-        model = prepare_model(model, options).to(options.device)
+        model.to(options.device)
         model.token_logps = partial(token_logps, model, dtype=options.dtype)
         return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -1050,13 +1126,30 @@ def write(file, text):
 def record(folder, **values):
     """Set values in folder/run.json."""
     file = folder / "run.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = read_record(folder) if file.exists() else {}
     write(file, json.dumps(known | values, indent=1) + "\n")
 
+def read_record(folder):
+    """What run.json in a folder says."""
+    with reading(folder / "run.json"):
+        return json.loads((folder / "run.json").read_text())
+
 def write_model(model, tokenizer, folder, weights=None):
-    """Write a Hugging Face directory; the tokenizer comes last and completes it."""
-    model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-    tokenizer.save_pretrained(folder)
+    """Write a Hugging Face directory. The tokenizer comes last and completes it: its files as they
+    are, where it was read from some, so that older releases of transformers can read them, too."""
+    with reading(f"the directory {folder}"):
+        model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+        os.umask(umask := os.umask(0))  # it can only be read by setting it
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o666 & ~umask)  # safetensors lets only its owner read it
+        source = Path(tokenizer.name_or_path)
+        files = [file for name in TOKENIZER_FILES for file in source.glob(name)]
+        if not (tokenizer.name_or_path and files):
+            tokenizer.save_pretrained(folder)
+        elif source.resolve() != folder.resolve():
+            for file in files:
+                (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / file.relative_to(source))
 
 def save_model(model, tokenizer, folder):
     """write_model; the weights of a sharded model are gathered on rank 0, in host memory."""
@@ -1085,8 +1178,19 @@ def save_checkpoint(folder, model, optimizer, scheduler, step, window):
     beside = folder / f"checkpoint-{step}.saving"
     once(shutil.rmtree, beside, ignore_errors=True)
     state = training_state(model, optimizer, scheduler, step, window)
-    dcp.save(state, checkpoint_id=beside, no_dist=not dist.is_initialized())
+    try:
+        dcp.save(state, checkpoint_id=beside, process_group=PATIENT,
+                 no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as e:  # it is no Exception
+        raise why_not(e, f"checkpoint {beside} cannot be written") from e
     once(beside.rename, beside.with_suffix(""))
+
+def why_not(exception, what):
+    """The InputError for a CheckpointException, or the Ctrl-C that is in it."""
+    errors = [error for error, _ in exception.failures.values()]
+    if any(isinstance(error, KeyboardInterrupt) for error in errors):
+        return KeyboardInterrupt()
+    return InputError(f"{what}: {'; '.join({' '.join(repr(error).split()) for error in errors})}")
 
 def newest_checkpoint(folder):
     """The complete checkpoint of the largest step in a run's folder, or None."""
@@ -1101,10 +1205,10 @@ def load_checkpoint(folder, model, optimizer, scheduler):
         from torch.distributed.checkpoint.state_dict import set_state_dict
         state = training_state(model, optimizer, scheduler, **trainer)  # the shapes to load into
         try:
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            dcp.load(state, checkpoint_id=path, process_group=PATIENT,
+                     no_dist=not dist.is_initialized())
         except dcp.api.CheckpointException as e:  # it is no Exception
-            why = "; ".join({repr(error) for error, _ in e.failures.values()})
-            raise InputError(f"{path} cannot be used (the one before serves, too): {why}") from e
+            raise why_not(e, f"{path} cannot be used (the one before serves, too)") from e
         set_state_dict(model, optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -1116,22 +1220,39 @@ def load_checkpoint(folder, model, optimizer, scheduler):
 def cut_metrics(file, step):
     """Drop the rows after a step, and what is left of a row that was being written."""
     lines = file.read_text().splitlines() if file.exists() else []
-    rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with reading(file):
+        rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write(file, "".join(row + "\n" for row in rows))
 
 def open_folder(folder, options):
     """Refuse an output directory that holds something, unless a run to --resume."""
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    found = sorted(names - {"run.lock"})
     need(not found or options.resume, f"--output_dir {folder} is not empty; expected a new one, or "
          "--resume to continue the run in it")
-    need(not found or {"run.json", "start_model", "reward_model"} & {*found},  # a run's first
+    need(not found or names & {"run.lock", "run.json", "start_model", "reward_model"},
          f"--resume: {folder} holds no run of tgdpo.py but {', '.join(found[:5])}")
+
+def lock(folder):
+    """Make a run's folder and keep other processes out of it, until this one ends."""
+    with reading(f"the directory {folder}"):
+        os.makedirs(folder, exist_ok=True)
+        LOCKS.append(filelock.FileLock(f"{folder}/run.lock", timeout=0, is_singleton=True))
+        try:
+            LOCKS[-1].acquire()
+        except filelock.Timeout:
+            raise InputError(f"--output_dir {folder}: another process is at work there")
+
+def code_fingerprint(loss):
+    """Of this file and of the loss and the guidance in use, which may come from another one."""
+    own = [inspect.getsource(function) for function in (guidance, LOSSES[loss])]
+    return hashlib.sha256("".join([Path(__file__).read_text(), *own]).encode()).hexdigest()[:32]
 
 def open_run(folder, options, facts):
     """Begin folder/run.json -> False; or check that the one there is this run's -> finished?"""
     mine = json.loads(json.dumps(asdict(options) | facts))
     if options.resume and (folder / "run.json").exists():
-        run = json.loads((folder / "run.json").read_text())
+        run = read_record(folder)
         for name in [name for name in mine if name not in MAY_CHANGE]:
             theirs = (run["options"] | run).get(name)
             need(theirs == mine[name], f"--resume: {name} was {theirs} and is {mine[name]} now; "
@@ -1169,38 +1290,46 @@ def pairs_fingerprint(pairs):
     table = pairs.with_format("arrow")[:].select(names).combine_chunks()
     return hashlib.sha256(b"".join(x.serialize() for x in table.to_batches())).hexdigest()[:32]
 
-def annotation_folder(pairs, name, options):
+def annotation_file(pairs, name, options):
     """Where a model's log-probs of pairs are kept: under the content of all that they depend on."""
     pairs, kind = pairs_fingerprint(pairs.select_columns(["prompt_ids", *IDS])), options.dtype
     if dist.is_initialized() and kind == "bfloat16":  # FSDP rounds elsewhere than autocast does
         kind += "-sharded"
-    return Path(options.cache_dir) / f"{once(model_fingerprint, name)}-{pairs}-{kind}"
+    return Path(options.cache_dir) / f"{once(model_fingerprint, name)}-{pairs}-{kind}.parquet"
 
-def write_annotation(store, logps):
-    """Keep what frozen_logps returned as a data set, written beside and renamed."""
-    beside = store.with_name(f"{store.name}.{os.getpid()}.saving")
-    datasets.Dataset.from_dict(dict(zip(SIDES, logps))).save_to_disk(str(beside))
-    if not store.exists():  # another run may have written the same
-        beside.rename(store)
+def write_annotation(file, logps):
+    """Keep what frozen_logps returned, written beside and renamed."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}.saving")
+    datasets.Dataset.from_dict(dict(zip(SIDES, logps))).to_parquet(str(beside))
+    beside.replace(file)
 
-def read_annotation(store):
-    """What write_annotation wrote."""
-    table = datasets.load_from_disk(str(store), keep_in_memory=True).with_format("numpy")
-    return [[*table[side]] for side in SIDES]
+def read_annotation(file, pairs):
+    """What write_annotation wrote; None without a whole file of one log-prob a token."""
+    try:
+        table = datasets.Dataset(pyarrow.parquet.read_table(file)).with_format("numpy")
+        logps = [[*table[side]] for side in SIDES]
+    except (OSError, KeyError, pyarrow.ArrowInvalid):
+        return None
+    whole = all(list(map(len, column)) == list(map(len, pairs[ids]))
+                for column, ids in zip(logps, IDS))
+    return logps if whole else None
 
 # ------------------------------------------------------------ 9. main
 def reward_then_train(options, tokenizer, pairs, counts):
     """Annotate pairs with what the loss needs, then train; all goes into options.output_dir."""
     judge, beta = options.reward_model, options.reward_beta or options.beta
     split_rows(len(pairs), options)  # raises now what training would raise later
-    for directory in (options.output_dir, options.cache_dir):
-        with reading(f"the directory {directory}"):
-            once(os.makedirs, directory, exist_ok=True)
+    once(lock, options.output_dir)
+    with reading(f"the directory {options.cache_dir}"):
+        once(os.makedirs, options.cache_dir, exist_ok=True)
+    need(once(os.access, options.cache_dir, os.W_OK), f"--cache_dir {options.cache_dir} cannot be "
+         "written to")
     shared = all(gather(os.path.isdir(options.output_dir)))
     need(shared or not options.save_steps, f"--output_dir {options.output_dir} is not there on all "
          "machines; expected a file system that they share")
     facts = {"data": pairs_fingerprint(pairs), "pairs_per_step": batch_size(options),
-             "pairs": counts, "model": once(model_fingerprint, options.model_name_or_path)}
+             "pairs": counts, "code": code_fingerprint(options.loss),
+             "model": once(model_fingerprint, options.model_name_or_path)}
     if options.loss not in NO_REFERENCE and "chosen_ref_logps" not in pairs.column_names:
         reference = options.ref_model or options.model_name_or_path
         facts["reference"] = once(model_fingerprint, reference)
@@ -1236,8 +1365,14 @@ def read_data(options):
     for name in filter(None, (options.model_name_or_path, options.ref_model, options.reward_model)):
         check_vocabulary(name, tokenizer)
         length = min(length, getattr(load_config(name), "max_position_embeddings", None) or length)
+        rope = getattr(load_config(name), "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # its angles jump where a batch is longer than this
+            length = min(length, rope.get("original_max_position_embeddings", length))
     if length < options.max_length:
-        print(f"--max_length {options.max_length} is lowered to {length}: a model has no more")
+        print(f"--max_length {options.max_length} is lowered to {length}: a model has no more, or "
+              "other positions behind it")
+    if getattr(load_config(options.model_name_or_path), "router_aux_loss_coef", None):
+        print("a mixture of experts: its auxiliary loss, which balances them, is not trained")
     return tokenizer, *tokenize(rows, tokenizer, length, options.dataset)
 
 def run(argv):
@@ -1281,13 +1416,25 @@ def main(argv):
         status, text = 1, f"stopped at {e}"
     except KeyboardInterrupt:
         status, text = 130, f"interrupted; {text}"
+    except torch.OutOfMemoryError as e:
+        status, text = 1, (f"out of memory: {str(e).split('. ')[0]}; expected to fit with a smaller "
+                           "--per_device_train_batch_size or with --gradient_checkpointing")
     except RuntimeError as e:  # what gloo and NCCL raise when another process is gone
         if not dist.is_initialized() or not re.search("gloo|NCCL", str(e)):
             raise
         status, text = 1, f"another rank cannot be reached, it has failed or was killed; {text}"
+    while LOCKS:
+        LOCKS.pop().release()
     if status and not rank():  # where rank 0 has failed, the others only notice
         print(f"tgdpo.py: {text}", file=sys.stderr)
     return status
 
+def leave(status):
+    """End the process; where the others are gone, without the end of gloo's threads: they abort."""
+    sys.stdout.flush()
+    if status and dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

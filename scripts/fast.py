@@ -50,7 +50,7 @@ import tgdpo
 
 # tgdpo.py's own functions, which the ones below call.
 PLAIN = SimpleNamespace(**{name: getattr(tgdpo, name) for name in (
-    "collate microbatches prepare_model load_model annotation_folder open_run reward_then_train").split()})
+    "collate microbatches prepare_model load_model annotation_file open_run reward_then_train").split()})
 # Of the current run: whether prompts are shared, the pair that models are tried on, and the models that were.
 RUN = SimpleNamespace(shared=False, trial={}, tried=set())
 COLUMNS = ("prompt_ids", *tgdpo.IDS)
@@ -169,7 +169,7 @@ def token_logps(model, batch, dtype="float32"):
         extra = {"position_ids": batch["positions"], "attention_mask": mask}
         extra |= {"parts": batch["parts"].tolist()} if "parts" in batch else {}
     with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        output = model.get_decoder()(input_ids=ids, use_cache=False, **extra)
+        output = tgdpo.decoder(model)(input_ids=ids, use_cache=False, **extra)
         hidden = output.last_hidden_state.flatten(0, 1)[batch["states"]]                # (M, H)
         size = max(1, tgdpo.LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
         if len(labels) <= size:
@@ -281,10 +281,10 @@ def load_model(name, options):
     return PLAIN.load_model(name, options)
 
 
-def annotation_folder(pairs, name, options):
-    """tgdpo.annotation_folder with the layout in its name: numbers of the two differ by rounding."""
-    folder = PLAIN.annotation_folder(pairs, name, options)
-    return folder.with_name(f"{folder.name}-fast-{'shared' if RUN.shared else 'plain'}")
+def annotation_file(pairs, name, options):
+    """tgdpo.annotation_file with the layout in its name: numbers of the two differ by rounding."""
+    file = PLAIN.annotation_file(pairs, name, options)
+    return file.with_stem(f"{file.stem}-fast-{'shared' if RUN.shared else 'plain'}")
 
 
 def open_run(folder, options, facts):
@@ -299,7 +299,7 @@ def reward_then_train(options, tokenizer, pairs, counts):
 
 
 OWN = {f.__name__: f for f in (Options, collate, microbatches, token_logps, prepare_model, load_model,
-                               annotation_folder, open_run, reward_then_train)}
+                               annotation_file, open_run, reward_then_train)}
 
 
 def faster():
@@ -314,4 +314,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    tgdpo.leave(main(sys.argv[1:]))

@@ -33,6 +33,7 @@ from types import SimpleNamespace
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import datasets
+import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
@@ -151,8 +152,13 @@ def make_world(folder, seed, quick):
                                   for side in found["truth"]]
     (folder / "sources.saving").mkdir()
     for name, columns in found.items():
-        tgdpo.write_annotation(folder / "sources.saving" / name, columns)
+        tgdpo.write_annotation(folder / "sources.saving" / f"{name}.parquet", columns)
     (folder / "sources.saving").rename(folder / "sources")
+
+
+def read_source(folder, name):
+    """A world's token rewards from one source -> a data set with the columns chosen and rejected."""
+    return datasets.Dataset(pyarrow.parquet.read_table(folder / f"{name}.parquet"))
 
 
 @lru_cache
@@ -176,7 +182,7 @@ def load_world(folder, seed, prompts):
 def source_columns(w, name):
     """A source's token rewards for the pairs of a world; "... scaled" has a root mean square of 1."""
     base = name.removesuffix(" scaled")
-    store = datasets.load_from_disk(str(w.folder / "sources" / base), keep_in_memory=True)
+    store = read_source(w.folder / "sources", base)
     columns = [[[*row] for row in store[side]] for side in ("chosen", "rejected")]
     return token_rewards.scale(columns) if name != base else columns
 
@@ -585,8 +591,8 @@ def figure_maps(plt, folder, file):
     world = folder / "worlds" / "0"
     tokenizer = tgdpo.load_tokenizer(str(world / "start_model"))
     names = ("truth", "dpo", "dpo centred", "simpo", "contrastive", "classifier")
-    stores = {name: datasets.load_from_disk(str(world / "sources" / name), keep_in_memory=True)
-              for name in names if (world / "sources" / name).exists()}
+    stores = {name: read_source(world / "sources", name)
+              for name in names if (world / "sources" / f"{name}.parquet").exists()}
     pairs, _ = tgdpo.tokenize(tgdpo.load_rows(str(world / "pairs.jsonl"), None), tokenizer, 256, "pairs")
     lengths = [sorted(len(pair[side]) for side in ("chosen_ids", "rejected_ids")) for pair in pairs]
     show = next((i for i, (short, long) in enumerate(lengths) if short > 9 and long < 20), 0)

@@ -55,7 +55,7 @@ def reference_means(name, reference, pairs, options):
     beta = options.reward_beta or options.beta
 
     def means(batch):
-        outputs = [model.get_decoder()(input_ids=batch["input_ids"], use_cache=False) for model in models]
+        outputs = [tgdpo.decoder(model)(input_ids=batch["input_ids"], use_cache=False) for model in models]
         hidden = [output.last_hidden_state.flatten(0, 1)[batch["states"]] for output in outputs]    # (M, H)
         parts, size = [], max(1, tgdpo.LOGITS_BYTES // (4 * models[1].config.get_text_config().vocab_size))
         for chunks in zip(*[h.split(size) for h in hidden]):

@@ -59,7 +59,8 @@ def compare_with_plain(path, folder, **changes):
         "largest share": max(everywhere),
         "dtypes": sorted({str(p.dtype) for p in model.parameters()} | {str(p.grad.dtype) for p in model.parameters()}),
         "buffers": all(torch.equal(b, dict(plain.named_buffers())[name]) for name, b in model.named_buffers()),
-        "dropout": sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}),
+        "training": sorted({type(m).__name__ for m in model.modules() if m.training}),
+        "checkpointed": sorted({type(m).__name__ for m in model.modules() if hasattr(m, "gradient_checkpointing")}),
     }
     return found
 

@@ -49,6 +49,7 @@ MODELS = {  # name: (family, changes of its configuration, options)
     ),
     "mistral": ("mistral", dict(sliding_window=4), {}),
     "gpt2, published without a head": ("gpt2", {}, {}),
+    "llama, said to be tied": ("llama", dict(tie_word_embeddings=False), {}),  # with a head of its own
     "hsdp": ("llama", {}, dict(hsdp=True)),
 }
 SEVERAL_MACHINES = ["gpt2, tied", "llama, untied", "hsdp"]
@@ -129,6 +130,9 @@ class Launched:
             path = make_model(self.folder / f"m{i}", family, scale=4.0, seed=i, **changes)
             if "without a head" in name:  # as openai-community/gpt2 is: names without "transformer."
                 transformers.AutoModel.from_pretrained(path).save_pretrained(path)
+            if "said to be tied" in name:
+                config = json.loads((Path(path) / "config.json").read_text()) | {"tie_word_embeddings": True}
+                (Path(path) / "config.json").write_text(json.dumps(config))
             self.models[name] = (path, f"{self.folder}/saved{i}", options)
 
     def add(self, name, *flags, out=None, job=(), **options):
@@ -142,6 +146,8 @@ class Launched:
             judge = self.bench.reward_model if loss == "tgdpo" else None
             self.add(loss, *hsdp, loss=loss, reward_model=judge, **whole)
         self.add("accumulated", loss="dpo", **self.own, **options_of("accumulated", self.ranks))
+        several = self.own | options_of("whole", self.ranks) | dict(gradient_accumulation_steps=2)
+        self.add("several passes", *hsdp, loss="dpo", **several)
         self.add("stages", *hsdp, save_steps=2, **whole)  # trains a reward model first
         self.add("again", *hsdp, **self.again)
         unfinished = dict(unfinish=f"{self.folder}/again")
@@ -210,13 +216,14 @@ def test_a_sharded_model_equals_the_plain_one(launch, name, request):
     found = launched.found["models"][name]
     assert launched.found["world"] == launched.ranks
     assert found["logps"] < 1e-5 and found["gradients"] < 1e-5 * found["gradient size"] and found["gradient size"] > 1
-    assert found["same weights have gradients"] and found["buffers"] and set(found["dropout"]) <= {0.0}
+    assert found["same weights have gradients"] and found["buffers"]
+    path, saved, changes = launched.models[name]
+    assert found["training"] == (found["checkpointed"] if "gradient_checkpointing" in changes else [])
     assert found["units"] == found["layers"] + 1, "each block and the root"
     assert found["dtypes"] == ["torch.float32"]
     copies = 2 if name == "hsdp" else 1  # with hsdp one on each of the two machines
     assert found["weights of all ranks"] == copies * found["weights"]
     assert found["largest share"] < 1.2 * copies * found["weights"] / launched.ranks
-    path, saved, _ = launched.models[name]
     plain, written = [transformers.AutoModelForCausalLM.from_pretrained(p) for p in (path, saved)]
     assert type(plain) is type(written) and written.config.architectures == [type(plain).__name__]
     a, b = plain.state_dict(), written.state_dict()
@@ -266,9 +273,20 @@ def test_bfloat16_is_computed_but_not_kept(two):
     weights = transformers.AutoModelForCausalLM.from_pretrained(two.bench.folder / "bfloat16", dtype="auto")
     assert {p.dtype for p in weights.parameters()} == {torch.float32}
     kept = [{p.name.split("-", 2)[2] for p in (two.bench.folder / c).iterdir()} for c in ("cache2", "cache_alone")]
-    assert "bfloat16-sharded" in kept[0] and "bfloat16-sharded" not in kept[1], "it rounds elsewhere: no common cache"
+    sharded = "bfloat16-sharded.parquet"
+    assert sharded in kept[0] and sharded not in kept[1], "it rounds elsewhere: no common cache"
     assert 1e-3 < two.found["bfloat16"]["away"] < 0.5, "computed in bfloat16"
     assert two.found["bfloat16"]["beyond bfloat16"] > 0.3, "averaged in float32"
+
+
+@pytest.mark.parametrize("launch", ["two", "four"])
+def test_several_passes_are_one_step(launch, request):
+    """Steps of 7 pairs in passes of 4 and 3; with --hsdp, machines add up their gradients after the last one only."""
+    launched = request.getfixturevalue(launch)
+    assert launched.statuses["several passes"] == 0
+    alone = launched.single("several passes", per_device_train_batch_size=8)
+    close(launched.rows("several passes"), launched.rows(alone))  # the gradient's norm and later losses among them
+    assert len(launched.rows("several passes")) == 3
 
 
 @pytest.mark.parametrize("launch", ["two", "four"])

@@ -383,14 +383,17 @@ def test_a_run_of_one_step_learns_and_the_floor_is_tgdpos_alone(bench):
     assert floored[0]["grad_norm"] == dpo[0]["grad_norm"]
 
 
-def test_an_annotation_that_is_not_finite_names_the_model(bench, capsys):
-    model = transformers.AutoModelForCausalLM.from_pretrained(bench.reward_model)
+@pytest.mark.parametrize("tokens, said", [(range(25), "model {} is not finite"), ([15], "model {} for pair 3 is not")])
+def test_an_annotation_that_is_not_finite_names_the_model_and_the_pair(bench, tokens, said, capsys):
+    """Where the model's trial meets it, and where only the token "sun" does."""
+    judge = make_model(bench.folder / "llama", "llama", tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(judge)
     with torch.no_grad():
-        model.transformer.ln_f.weight[0] = float("nan")
-    model.save_pretrained(bench.reward_model)
-    bench.train(reward_model=bench.reward_model, status=1)
+        model.model.embed_tokens.weight[tokens] = float("nan")
+    model.save_pretrained(judge)
+    bench.train(reward_model=judge, status=1)
     error = capsys.readouterr().err
-    assert f"model {bench.reward_model} for pair" in error and error.count("\n") == 1
+    assert said.format(judge) in error and error.count("\n") == 1
 
 
 def test_a_run_needs_no_git_and_minds_no_strange_checkpoint(bench, monkeypatch):
