@@ -33,9 +33,10 @@ Shapes stand beside tensors: S states, A actions, Y responses of a small languag
 sequences (the chosen ones first), T tokens of the longest sequence, R of the longest response, M
 response tokens in all, H hidden size, V vocabulary. Sections 1 to 4 are the method.
 """
-import gc, gzip, hashlib, inspect, json, math, os, random, re, shutil, subprocess, sys, time, warnings
+import gc, gzip, hashlib, inspect, json, math, os, random, re, shutil, subprocess, sys, time
+import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, partial, reduce
@@ -54,9 +55,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-TOKENIZER_FILES = ("tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.model "
-                   "chat_template* additional_chat_templates/*").split()
-LOCKS = []  # on the folders of this process's run
+TOKENIZER_FILES = ("tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt "
+                   "*.model chat_template* additional_chat_templates/*").split()
 SIDES, IDS = ("chosen", "rejected"), ("chosen_ids", "rejected_ids")
 INTS, FLOATS = [datasets.List(datasets.Value(kind)) for kind in ("int32", "float32")]
 
@@ -207,6 +207,12 @@ NO_REFERENCE, NO_REWARDS = {"simpo"}, {"dpo", "simpo"}  # losses that do without
 # ------------------------------------------------------------ 3. token log-probs
 LOGITS_BYTES = 2**27  # of logits that exist at one time, 4 bytes each: 128 MiB
 
+def logits_rows(model, device):
+    """Response tokens whose logits exist at one time. More on a GPU: for each chunk it reads the
+    whole head, V H numbers, which pays for some thousand tokens, not for some hundred."""
+    most = LOGITS_BYTES * (1 if device.type == "cpu" else 8)
+    return max(1, most // (4 * model.config.get_text_config().vocab_size))
+
 def collate(rows, device):
     """Columns of B pairs, as lists -> a batch, a dictionary of tensors.
 
@@ -255,7 +261,7 @@ def head_logits(model, hidden, output_class):
 def token_logps(model, batch, dtype="float32"):
     """log π(y_t|s_t) of each response token of a batch of `collate` -> float32 (N, R).
 
-    The head runs at response tokens only, in chunks of LOGITS_BYTES. Where there are several, the
+    The head runs at response tokens only, in chunks of logits_rows. Where there are several, the
     backward pass computes them again: memory does not grow with tokens times vocabulary.
     """
     def label_logps(hidden, labels):
@@ -267,7 +273,7 @@ def token_logps(model, batch, dtype="float32"):
     with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         output = decoder(model)(input_ids=ids, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[batch["states"]]  # (M, H)
-        size = max(1, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
+        size = logits_rows(model, ids.device)
         if len(labels) <= size:
             return in_rows(label_logps(hidden, labels), batch)
         return in_rows(torch.cat([checkpoint(label_logps, *chunk, use_reentrant=False)
@@ -377,6 +383,15 @@ def run_pairs(model, pairs, options, learn):
         found.append(totals | {"pairs": len(rows), "not finite": bad})
     return reduce(merge, chain(*gather(found)))
 
+def rehearse(model, pairs, options):
+    """The run's longest pass, forward and backward, beside AdamW's two moments to come: what does
+    not fit in a GPU's memory fails in the first minute, not at step 700."""
+    moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    most = options.per_device_train_batch_size * world()
+    run_pairs(model, pairs.select((-pair_lengths(pairs)).argsort()[:most]), options, learn=True)
+    model.zero_grad()
+    del moments
+
 def merge(a, b):
     """The totals of some pairs and of others -> of both."""
     both = {"guidance/min": min, "guidance/max": max}  # all others are sums, or lists
@@ -388,8 +403,10 @@ def train(options, pairs, tokenizer, facts):
     if once(open_run, folder, options, facts):
         return print(f"{folder}: finished already")
     pairs, held_out = [pairs.select(rows) for rows in split_rows(len(pairs), options)]
-    torch.manual_seed(options.seed)
     model = load_model(options.model_name_or_path, options)
+    if options.device == "cuda":
+        rehearse(model, pairs, options)
+    torch.manual_seed(options.seed)
     optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)
     step, window = load_checkpoint(folder, model, optimizer, scheduler)
     bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}",
@@ -448,7 +465,8 @@ def reading(what):
         yield
     except Exception as e:  # yaml, pyarrow, the hub and transformers raise dozens of kinds
         text = " ".join(f"{what} cannot be used: {type(e).__name__}: {e}".split())[:400]
-        raise e if isinstance(e, InputError) else InputError(text) from e
+        known = isinstance(e, (InputError, torch.OutOfMemoryError))
+        raise e if known else InputError(text) from e
 
 def option(default, text, **more):
     """A field of Options with its line of --help."""
@@ -549,9 +567,6 @@ def batch_size(options):
     return options.per_device_train_batch_size * options.gradient_accumulation_steps * world()
 
 # ------------------------------------------------------------ 6. data: rows -> tokens
-class Unusable(Exception):
-    """A pair that cannot be trained on; its text is the reason that it is counted under."""
-
 LAYOUTS = ("chosen and rejected, text or messages, beside prompt, instruction or conversations, or "
            "whole conversations in both; scripts/convert.py writes this from other layouts")
 NOT_READ = "question history system tools images videos audios".split()  # columns that say more
@@ -570,21 +585,14 @@ def load_rows(name, split):
                 rows = json.loads(text)
             except json.JSONDecodeError:  # an object a line
                 rows = json.loads("[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]")
-            rows = rows if isinstance(rows, list) else [rows]
-            inside = [key for key in rows[0] if isinstance(rows[0][key], list)] if len(
-                rows) == 1 and isinstance(rows[0], dict) and not {*SIDES} & {*rows[0]} else []
-            need(not inside, f"--dataset {name}: a JSON object with a list in {', '.join(inside)}; "
-                 "expected the list; scripts/convert.py writes it")
-            return rows
+            return rows if isinstance(rows, list) else [rows]
         if name.endswith(".parquet"):  # not by load_dataset, whose cache may be older
             return datasets.Dataset(pyarrow.parquet.read_table(name))
-        need(not os.path.isfile(name), f"--dataset {name}: a file of an unknown kind; expected "
-             ".json, .jsonl(.gz), .parquet, a saved data set or a hub name; scripts/convert.py "
-             "reads .csv")
-        saved = {"dataset_dict.json", "state.json"}
-        need(not os.path.isdir(name) or saved & {*os.listdir(name)}, f"--dataset {name}: a directory "
-             "that `datasets` did not save; scripts/convert.py reads a cloned data set")
-        data = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name)
+        here = os.path.exists(name)
+        saved = any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json"))
+        need(saved or not here, f"--dataset {name}: neither .json, .jsonl(.gz), .parquet nor saved "
+             "by `datasets`; scripts/convert.py reads .csv and clones of the hub's data sets, too")
+        data = datasets.load_from_disk(name) if here else datasets.load_dataset(name)
         if not isinstance(data, datasets.DatasetDict):
             return data
         need(split in data, f"--dataset_split {split}: {name} has {', '.join(data)}")
@@ -594,27 +602,27 @@ def read_messages(value, role):
     """Text (of a role), a message or a list of messages -> [{"role", "content", ...}]."""
     if isinstance(value, str):
         written = re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]|\n\nHuman:", value)
-        need(not written, "messages written as one text: scripts/convert.py", Unusable)
+        need(not written, "messages written as one text: scripts/convert.py")
         value = {"role": role, "content": value}
     turns = []
     for message in value if isinstance(value, list) else [value]:
-        need(message is not None, "a field is missing", Unusable)
-        need(isinstance(message, dict), "a field is neither text nor messages", Unusable)
+        need(message is not None, "a field is missing")
+        need(isinstance(message, dict), "a field is neither text nor messages")
         turn = {NAMES.get(key, key): part for key, part in message.items() if part is not None}
         role, content = turn.get("role"), turn.get("content")
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             kinds = {part.get("type", "text") for part in content} - {"text"}
-            need(not kinds, f"an {' and '.join(kinds)} in a message", Unusable)
+            need(not kinds, f"an {' and '.join(kinds)} in a message")
             content = "".join(part.get("text") or part.get("value") or "" for part in content)
         need(isinstance(role, str) and isinstance(content, str) and not turn.get("tool_calls"),
-             "a message without a role or without text, or with a tool call", Unusable)
+             "a message without a role or without text, or with a tool call")
         role = NAMES.get(role.lower(), role.lower())  # other keys go on to the chat template
         turns.append(turn | {"role": role, "content": content})
     return turns
 
 def read_pair(row):
     """A row in a known layout -> (the turns before the answer, [chosen, rejected] messages)."""
-    need(isinstance(row, dict), "a row is no object", Unusable)
+    need(isinstance(row, dict), "a row is no object")
     given = next((n for n in ("prompt", "conversations", "instruction") if row.get(n)), "prompt")
     prompt, more, unread = row.get(given), row.get("input") or "", [*NOT_READ]
     if given == "instruction" and isinstance(prompt, str) and isinstance(more, str):
@@ -624,18 +632,18 @@ def read_pair(row):
     turns = read_messages([] if prompt is None else prompt, "user")
     both = [read_messages(row.get(side), "assistant") for side in SIDES]
     need(all(messages and messages[-1]["role"] == "assistant" for messages in both),
-         "chosen or rejected does not end with an assistant's message", Unusable)
+         "chosen or rejected does not end with an assistant's message")
     (*before, chosen), (*others, rejected) = both
-    need(before == others, "chosen and rejected differ before their last message", Unusable)
+    need(before == others, "chosen and rejected differ before their last message")
     if "user" in [turn["role"] for turn in before]:  # whole conversations, the prompt in both
         said = [(turn["role"], turn["content"].strip()) for turn in before]
         turns = [t for t in turns if (t["role"], t["content"].strip()) not in said]
         need(all(turn["role"] == "system" for turn in turns),
-             "a prompt that the conversations in chosen and rejected do not repeat", Unusable)
-    need(turns + before, "no prompt", Unusable)
+             "a prompt that the conversations in chosen and rejected do not repeat")
+    need(turns + before, "no prompt")
     for name in unread:
-        need(not row.get(name), f"a column {name} that only scripts/convert.py reads", Unusable)
-    need(chosen["content"].strip() and rejected["content"].strip(), "an empty response", Unusable)
+        need(not row.get(name), f"a column {name} that only scripts/convert.py reads")
+    need(chosen["content"].strip() and rejected["content"].strip(), "an empty response")
     return turns + before, [chosen, rejected]
 
 @lru_cache
@@ -644,20 +652,20 @@ def special_tokens(tokenizer):
     return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 def place_after(text, turns, eos, start=0):
-    """The place in text behind what turns say, in their order; Unusable if something is missing."""
+    """The place in text behind what turns say, in their order; InputError if one is missing."""
     for turn in turns:
         content = turn["content"].strip().removesuffix(eos or "")
         system = turn["role"] == "system"
         found = text.find(content, 0 if system else start)
         need(found >= 0 and (turn.get("reasoning_content") or "").strip() in text,
-             f"the chat template leaves out a part of what {turn['role']} says", Unusable)
+             f"the chat template leaves out a part of what {turn['role']} says")
         start = start if system else found + len(content)
     return start
 
 def render(turns, answers, tokenizer, chat):
     """-> three texts: the prompt that asks for an answer, prompt + chosen, prompt + rejected.
     chat: by the tokenizer's template; else turns are joined by newlines and the answer follows.
-    What follows an answer's end token is cut. Raises Unusable where something said is missing."""
+    What follows an answer's end token is cut. Raises InputError where something said is missing."""
     prompt, eos = "\n".join(turn["content"] for turn in turns), tokenizer.eos_token
     texts = [prompt] + [prompt + answer["content"] for answer in answers]
     if chat:
@@ -667,7 +675,7 @@ def render(turns, answers, tokenizer, chat):
                 talk, chat_template=template, tokenize=False, add_generation_prompt=talk is turns)
                 for talk in (turns, *[[*turns, answer] for answer in answers])]
         except Exception as e:  # a template is a program: it may raise anything
-            raise Unusable(f"the chat template refuses it: {e}") from e
+            raise InputError(f"the chat template refuses it: {e}") from e
     prompt = os.path.commonprefix(texts)
     turns_end = place_after(prompt, turns, eos)
     for k, answer in enumerate(answers, 1):
@@ -677,7 +685,7 @@ def render(turns, answers, tokenizer, chat):
         ends = [eos] if eos and eos in tail else special_tokens(tokenizer).values()
         cuts = [end + tail.index(token) + len(token) for token in ends if token in tail]
         texts[k] = texts[k][:min(cuts, default=None)]
-    need(not re.search("[\ud800-\udfff]", "".join(texts)), "a text with half a character", Unusable)
+    need(not re.search("[\ud800-\udfff]", "".join(texts)), "a text with half a character")
     return texts
 
 def pair_texts(row, tokenizer):
@@ -689,7 +697,7 @@ def pair_texts(row, tokenizer):
     chat = bool(template) and not (len(turns) == 1 and turns[0]["content"].startswith(tuple(own)))
     try:
         return render(turns, answers, tokenizer, chat), chat
-    except Unusable:  # some templates refuse or lose a system turn: it opens the first user turn
+    except InputError:  # some templates refuse or lose a system turn: it opens the first user turn
         if len(turns) < 2 or turns[0]["role"] != "system":
             raise
         opened = turns[1] | {"content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
@@ -710,8 +718,8 @@ def split_tokens(ids, tokenizer, with_bos, max_length):
     prompt, bos, eos = os.path.commonprefix(ids), tokenizer.bos_token_id, tokenizer.eos_token_id
     responses = [answered[len(prompt):] for answered in ids[1:]]
     first = bos if bos is not None else eos  # something must come before the first response token
-    need(all(responses), "an empty response", Unusable)
-    need(prompt or first is not None, "an empty prompt, and neither BOS nor EOS to begin", Unusable)
+    need(all(responses), "an empty response")
+    need(prompt or first is not None, "an empty prompt, and neither BOS nor EOS to begin")
     for response in responses:
         if eos is not None and response[-1] not in special_tokens(tokenizer):
             response.append(eos)
@@ -753,8 +761,8 @@ def tokenize(rows, tokenizer, max_length, source):
             ids = tokenizer(texts, add_special_tokens=False).input_ids
             prompt, whole, short, cut = split_tokens(ids, tokenizer, not chat, max_length)
             limit = "" if whole[0] == whole[1] else " up to --max_length"
-            need(cut[0] != cut[1], f"identical responses{limit}", Unusable)
-        except Unusable as e:
+            need(cut[0] != cut[1], f"identical responses{limit}")
+        except InputError as e:
             reasons[str(e)] += 1
             continue
         pair = {"index": index, "prompt_ids": short} | dict(zip(IDS, cut))
@@ -852,7 +860,6 @@ def run_small(options):
     """Pairs, a DPO model, TGDPO with its r̂ and with the true rewards; then J of each, exactly."""
     folder, beta = Path(options.output_dir), options.beta
     start, file = folder / "start_model", folder / "pairs.jsonl"
-    once(lock, folder)
     tokenizer, pairs, counts = once(small_data, options, start, file)
     options = replace(options, model_name_or_path=str(start), dataset=str(file))
     reward_then_train(options, tokenizer, pairs, counts)
@@ -1046,7 +1053,8 @@ def read_model(name):
     need(not missing, f"model {name} lacks the weights {missing}; expected a causal language model")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(head, "weight", None) is not embedding.weight:  # whatever the configuration says
-        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # published with a temperature but no sampling, it could not be saved
@@ -1101,7 +1109,7 @@ def load_model(name, options):
         model.to(options.device)
         model.token_logps = partial(token_logps, model, dtype=options.dtype)
         return model
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.checkpoint import state_dict as sharded
     weights = {} if rank() else model.state_dict()
     # What the others need to build the model empty; some buffers are in no file.
     config, generation_config, buffers = once(
@@ -1111,8 +1119,8 @@ def load_model(name, options):
     model.generation_config = generation_config
     shard(prepare_model(model, options), options)
     model.to_empty(device=options.device)
-    deal = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=deal)
+    deal = sharded.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    sharded.set_model_state_dict(model, weights, options=deal)
     for key, buffer in model.named_buffers():
         buffer.copy_(buffers[key])
     return model
@@ -1155,42 +1163,46 @@ def save_model(model, tokenizer, folder):
     """write_model; the weights of a sharded model are gathered on rank 0, in host memory."""
     weights = None
     if dist.is_initialized():
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        from torch.distributed.checkpoint import state_dict as sharded
+        whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
         own = dict(model.named_parameters())  # not the second names of tied weights
         twice = dict(model.named_parameters(remove_duplicate=False)).keys() - own.keys()
-        weights = get_model_state_dict(model, options=whole)
+        weights = sharded.get_model_state_dict(model, options=whole)
         weights = {name: value for name, value in weights.items() if name not in twice}
     once(write_model, model, tokenizer, folder, weights)
 
 def training_state(model, optimizer, scheduler, step, window):
     """All that the next step depends on: step says which pairs are next, window has the totals
     since the last row of metrics, rng is for a loss of yours that draws."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict  # a second to import
-    weights, moments = get_state_dict(model, optimizer)
+    from torch.distributed.checkpoint import state_dict as sharded  # takes a second
+    weights, moments = sharded.get_state_dict(model, optimizer)
     trainer = json.dumps({"scheduler": scheduler.state_dict(), "step": step, "window": window})
     rng = torch.get_rng_state()
     return {"model": weights, "optimizer": moments, "trainer": trainer, "rng": rng}
 
 def save_checkpoint(folder, model, optimizer, scheduler, step, window):
     """Write training_state beside and rename it: a kill leaves a usable checkpoint."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed import checkpoint as dcp
     beside = folder / f"checkpoint-{step}.saving"
     once(shutil.rmtree, beside, ignore_errors=True)
     state = training_state(model, optimizer, scheduler, step, window)
-    try:
+    with in_one_line(f"checkpoint {beside} cannot be written"):
         dcp.save(state, checkpoint_id=beside, process_group=PATIENT,
                  no_dist=not dist.is_initialized())
-    except dcp.api.CheckpointException as e:  # it is no Exception
-        raise why_not(e, f"checkpoint {beside} cannot be written") from e
     once(beside.rename, beside.with_suffix(""))
 
-def why_not(exception, what):
-    """The InputError for a CheckpointException, or the Ctrl-C that is in it."""
-    errors = [error for error, _ in exception.failures.values()]
-    if any(isinstance(error, KeyboardInterrupt) for error in errors):
-        return KeyboardInterrupt()
-    return InputError(f"{what}: {'; '.join({' '.join(repr(error).split()) for error in errors})}")
+@contextmanager
+def in_one_line(what):
+    """What goes wrong with a checkpoint on any rank becomes one InputError, but for a Ctrl-C."""
+    from torch.distributed import checkpoint as dcp
+    try:
+        yield
+    except dcp.api.CheckpointException as e:  # it is no Exception
+        errors = [error for error, _ in e.failures.values()]
+        if any(isinstance(error, KeyboardInterrupt) for error in errors):
+            raise KeyboardInterrupt from e
+        reasons = {" ".join(repr(error).split()) for error in errors}
+        raise InputError(f"{what}: {'; '.join(reasons)}") from e
 
 def newest_checkpoint(folder):
     """The complete checkpoint of the largest step in a run's folder, or None."""
@@ -1201,15 +1213,13 @@ def load_checkpoint(folder, model, optimizer, scheduler):
     """Restore the newest checkpoint, drop later metrics -> (step, window); (0, {}) without one."""
     path, trainer = once(newest_checkpoint, folder), {"step": 0, "window": {}}
     if path is not None:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed import checkpoint as dcp
+        from torch.distributed.checkpoint import state_dict as sharded
         state = training_state(model, optimizer, scheduler, **trainer)  # the shapes to load into
-        try:
+        with in_one_line(f"{path} cannot be used (the one before serves, too)"):
             dcp.load(state, checkpoint_id=path, process_group=PATIENT,
                      no_dist=not dist.is_initialized())
-        except dcp.api.CheckpointException as e:  # it is no Exception
-            raise why_not(e, f"{path} cannot be used (the one before serves, too)") from e
-        set_state_dict(model, optimizer, model_state_dict=state["model"],
+        sharded.set_state_dict(model, optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
         torch.set_rng_state(state["rng"])
         trainer = json.loads(state["trainer"])
@@ -1233,15 +1243,16 @@ def open_folder(folder, options):
     need(not found or names & {"run.lock", "run.json", "start_model", "reward_model"},
          f"--resume: {folder} holds no run of tgdpo.py but {', '.join(found[:5])}")
 
-def lock(folder):
-    """Make a run's folder and keep other processes out of it, until this one ends."""
+def make_folder(folder):
+    """Make a directory, unless it is there."""
     with reading(f"the directory {folder}"):
         os.makedirs(folder, exist_ok=True)
-        LOCKS.append(filelock.FileLock(f"{folder}/run.lock", timeout=0, is_singleton=True))
-        try:
-            LOCKS[-1].acquire()
-        except filelock.Timeout:
-            raise InputError(f"--output_dir {folder}: another process is at work there")
+
+def lock(folder):
+    """A context that keeps other processes out of a run's folder."""
+    make_folder(folder)
+    with reading(f"--output_dir {folder}: another process is at work there, or it"):
+        return filelock.FileLock(f"{folder}/run.lock").acquire(timeout=0)
 
 def code_fingerprint(loss):
     """Of this file and of the loss and the guidance in use, which may come from another one."""
@@ -1319,9 +1330,8 @@ def reward_then_train(options, tokenizer, pairs, counts):
     """Annotate pairs with what the loss needs, then train; all goes into options.output_dir."""
     judge, beta = options.reward_model, options.reward_beta or options.beta
     split_rows(len(pairs), options)  # raises now what training would raise later
-    once(lock, options.output_dir)
-    with reading(f"the directory {options.cache_dir}"):
-        once(os.makedirs, options.cache_dir, exist_ok=True)
+    once(make_folder, options.output_dir)
+    once(make_folder, options.cache_dir)
     need(once(os.access, options.cache_dir, os.W_OK), f"--cache_dir {options.cache_dir} cannot be "
          "written to")
     shared = all(gather(os.path.isdir(options.output_dir)))
@@ -1382,11 +1392,12 @@ def run(argv):
     options = read_options(argv)
     options = once(lambda: options)  # rank 0's, which has the time and a process number in it
     once(open_folder, Path(options.output_dir), options)
-    if options.model_name_or_path:
-        reward_then_train(options, *once(read_data, options))
-    else:
-        once(show_decomposition)
-        run_small(options)
+    with nullcontext() if rank() else lock(options.output_dir):
+        if options.model_name_or_path:
+            reward_then_train(options, *once(read_data, options))
+        else:
+            once(show_decomposition)
+            run_small(options)
     print(f"done: {options.output_dir}")
 
 def quiet():
@@ -1417,14 +1428,12 @@ def main(argv):
     except KeyboardInterrupt:
         status, text = 130, f"interrupted; {text}"
     except torch.OutOfMemoryError as e:
-        status, text = 1, (f"out of memory: {str(e).split('. ')[0]}; expected to fit with a smaller "
-                           "--per_device_train_batch_size or with --gradient_checkpointing")
+        status, text = 1, (f"out of memory: {str(e).split('. ')[0]}; try a smaller "
+                           "--per_device_train_batch_size, --gradient_checkpointing or more GPUs")
     except RuntimeError as e:  # what gloo and NCCL raise when another process is gone
         if not dist.is_initialized() or not re.search("gloo|NCCL", str(e)):
             raise
         status, text = 1, f"another rank cannot be reached, it has failed or was killed; {text}"
-    while LOCKS:
-        LOCKS.pop().release()
     if status and not rank():  # where rank 0 has failed, the others only notice
         print(f"tgdpo.py: {text}", file=sys.stderr)
     return status

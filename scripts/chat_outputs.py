@@ -79,9 +79,9 @@ PAIR = {"chosen": " yes", "rejected": " no"}   # makes a prompt a pair, which tg
 
 def read_rounds(row, form):
     """A row of a prompt file -> the messages that go before the model's first answer, those before its second, ...
-    Raises tgdpo.Unusable."""
+    Raises tgdpo.InputError."""
     if not isinstance(row, dict):
-        raise tgdpo.Unusable("no object")
+        raise tgdpo.InputError("no object")
     if form == "alpaca_eval":
         rounds = [tgdpo.read_pair({"prompt": row.get("messages")} | PAIR | row)[0]]
     else:
@@ -89,10 +89,10 @@ def read_rounds(row, form):
         names, texts = ({"uid"}, [row.get("prompt")]) if arena else ({"question_id", "category"}, row.get("turns"))
         texts = texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else []
         if not names <= set(row) or not texts:
-            raise tgdpo.Unusable(f"an object with {', '.join(row) or 'nothing'}")
+            raise tgdpo.InputError(f"an object with {', '.join(row) or 'nothing'}")
         rounds = [tgdpo.read_pair({"prompt": text} | PAIR)[0] for text in texts]
     if rounds[0][-1]["role"] != "user":
-        raise tgdpo.Unusable(f"messages that end with the {rounds[0][-1]['role']}'s")
+        raise tgdpo.InputError(f"messages that end with the {rounds[0][-1]['role']}'s")
     return rounds
 
 
@@ -104,7 +104,7 @@ def prompt_ids(tokenizer, turns, number):
         texts, chat = tgdpo.pair_texts({"prompt": turns} | PAIR, tokenizer)
         ids = tokenizer(texts, add_special_tokens=False).input_ids
         return tgdpo.split_tokens(ids, tokenizer, not chat, sys.maxsize)[0]
-    except tgdpo.Unusable as e:
+    except tgdpo.InputError as e:
         raise InputError(f"row {number} (from 0) of --prompts, message {len(turns)}: {e}; training could not use such "
                          "a prompt either") from e
 
@@ -123,7 +123,7 @@ def read_questions(options, tokenizer):
     for number, row in enumerate(rows):
         try:
             questions.append(read_rounds(row, options.format))
-        except tgdpo.Unusable as e:
+        except tgdpo.InputError as e:
             raise InputError(f"row {number} (from 0) of --prompts {options.prompts}: {e}; --format {options.format} "
                              f"expects {EXPECTED[options.format]}") from e
         prompt_ids(tokenizer, questions[-1][0], number)   # fails now, not when the model is loaded

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import tgdpo
 from common import check_output, command, strict
-from tgdpo import SIDES, Unusable, need
+from tgdpo import SIDES, InputError, need
 
 PROMPTS = "prompt conversations messages instruction question input".split()  # in this order
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]")  # as one text
@@ -78,7 +78,7 @@ def written_out(value):
                 return read(value)
             except (ValueError, SyntaxError):
                 pass
-        raise Unusable("messages as one text that is neither JSON nor Python")
+        raise InputError("messages as one text that is neither JSON nor Python")
     if isinstance(value, str) and TRANSCRIPT.match(value):
         parts = re.split(r"(?:^|\n\n)(Human|Assistant):", value.strip())[1:]
         roles = {"Human": "user", "Assistant": "assistant"}
@@ -90,9 +90,9 @@ def written_out(value):
 def plain_pair(row):
     """A row of two transcripts -> the texts up to the last Assistant: and behind it, as messages."""
     both = [row[side].rpartition("\n\nAssistant:") for side in SIDES]
-    need(both[0][0] == both[1][0], "chosen and rejected differ before their last message", Unusable)
+    need(both[0][0] == both[1][0], "chosen and rejected differ before their last message")
     prompt = both[0][0] + both[0][1]
-    need(all(answer.strip() for _, _, answer in both), "an empty response", Unusable)
+    need(all(answer.strip() for _, _, answer in both), "an empty response")
     return [{"role": "user", "content": prompt}], [
         {"role": "assistant", "content": answer} for _, _, answer in both]
 
@@ -100,9 +100,9 @@ def plain_pair(row):
 def before_prompt(row):
     """The turns that system and history add."""
     system, history = row.get("system"), row.get("history") or []
-    need(isinstance(system or "", str), "a system column that is no text", Unusable)
+    need(isinstance(system or "", str), "a system column that is no text")
     good = isinstance(history, list) and all(isinstance(t, list) and len(t) == 2 for t in history)
-    need(good, "a history that is no list of [question, answer]", Unusable)
+    need(good, "a history that is no list of [question, answer]")
     turns = [{"role": "system", "content": system}] if system else []
     for question, answer in history:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -111,9 +111,9 @@ def before_prompt(row):
 
 def convert(row, plain):
     """A row -> ({"prompt", "chosen", "rejected"}, the names of the columns that were read)."""
-    need(isinstance(row, dict), "a row is no object", Unusable)
+    need(isinstance(row, dict), "a row is no object")
     for name in NOT_TEXT:
-        need(not row.get(name), f"a column {name}, which is not trained on", Unusable)
+        need(not row.get(name), f"a column {name}, which is not trained on")
     if plain and all(isinstance(row.get(side), str) and TRANSCRIPT.match(row[side]) for side in SIDES):
         turns, answers = plain_pair(row)
         return form(turns, answers), SIDES
@@ -122,13 +122,13 @@ def convert(row, plain):
     prompt, read = written_out(row.get(name)), {name, "system", "history", *SIDES}
     more = row.get("input") if name == "instruction" else None
     if more:
-        need(isinstance(prompt, str) and isinstance(more, str), "an input that is no text", Unusable)
+        need(isinstance(prompt, str) and isinstance(more, str), "an input that is no text")
         prompt, read = f"{prompt}\n{more}", read | {"input"}
     turns = tgdpo.read_messages([] if prompt is None else prompt, "user")
     given = before_prompt(row)
     own = [turn["content"].strip() for turn in turns if turn["role"] == "system"]
     if given and given[0]["role"] == "system" and own:
-        need(own == [given[0]["content"].strip()], "two different system texts", Unusable)
+        need(own == [given[0]["content"].strip()], "two different system texts")
         given = given[1:]
         turns, given = turns[1:], turns[:1] + given
     # read_pair checks all of it, and puts the prompt and whole conversations together.
@@ -148,7 +148,7 @@ def convert_all(own):
     for row in tqdm(rows, desc="convert", disable=None):
         try:
             pair, read = convert(row, own.plain)
-        except Unusable as e:
+        except InputError as e:
             reasons[str(e)] += 1
             continue
         numbers = {name: value for name, value in row.items()

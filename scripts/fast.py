@@ -51,8 +51,9 @@ import tgdpo
 # tgdpo.py's own functions, which the ones below call.
 PLAIN = SimpleNamespace(**{name: getattr(tgdpo, name) for name in (
     "collate microbatches prepare_model load_model annotation_file open_run reward_then_train").split()})
-# Of the current run: whether prompts are shared, the pair that models are tried on, and the models that were.
-RUN = SimpleNamespace(shared=False, trial={}, tried=set())
+# Of the current run: whether prompts are shared, the pair that models are tried on, the models that were, and the
+# compute type of a sharded model's blocks.
+RUN = SimpleNamespace(shared=False, trial={}, tried=set(), dtype=torch.float32)
 COLUMNS = ("prompt_ids", *tgdpo.IDS)
 BLOCK_BYTES = 2**22   # of logits in one block, 4 bytes each
 LEAK, APART = 1e-5, 1e-3   # largest differences of log-probs that are rounding, all in float32: see refusal
@@ -93,14 +94,14 @@ def collate(rows, device):
 def attention_mask(segments, implementation):
     """What each token of shared rows sees: before it, the prompt and its own response; (B, T) -> (B, 1, T, T).
 
-    True is seen, for sdpa; other implementations add the mask to the scores, 0 where seen. (FSDP would cast a mask of
-    floats for each layer, and gradient checkpointing would keep every copy.)
+    True is seen, for sdpa; other implementations add the mask to the scores, 0 where seen. Floats are of the compute
+    type: FSDP would cast others for each layer, and gradient checkpointing would keep every copy.
     """
     own = segments[:, :, None] == segments[:, None, :]                                  # (B, T, T)
     seen = (own | (segments == 0)[:, None, :]).tril()[:, None]                          # (B, 1, T, T)
     if implementation == "sdpa":
         return seen
-    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo().min)
+    return torch.zeros_like(seen, dtype=RUN.dtype).masked_fill(~seen, torch.finfo(RUN.dtype).min)
 
 
 def pair_attention(module, query, key, value, attention_mask, parts=None, **kwargs):
@@ -171,7 +172,7 @@ def token_logps(model, batch, dtype="float32"):
     with torch.autocast(ids.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         output = tgdpo.decoder(model)(input_ids=ids, use_cache=False, **extra)
         hidden = output.last_hidden_state.flatten(0, 1)[batch["states"]]                # (M, H)
-        size = max(1, tgdpo.LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
+        size = tgdpo.logits_rows(model, ids.device)
         if len(labels) <= size:
             return tgdpo.in_rows(label_logps(hidden, labels), batch)
         return tgdpo.in_rows(torch.cat([checkpoint(label_logps, *chunk, use_reentrant=False)
@@ -223,6 +224,8 @@ def refusal(name, options, learn):
         plain, taught = logps_and_taught(model, rows, False, learn)
         shared, also_taught = logps_and_taught(model, rows, True, learn)
         changed, _ = logps_and_taught(model, other, True, False)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:   # a family with masks of its own may raise anything
         why = f"with a mask it raises {type(e).__name__}: {' '.join(str(e).split())[:100]}"
     else:
@@ -278,6 +281,7 @@ def load_model(name, options):
         why = refusal(name, options, learn=name == options.model_name_or_path)
         tgdpo.need(not why, f"{name} cannot share prompts as other models of this run do: {why}; expected "
                    "--shared_prompt false, or tgdpo.py")
+    RUN.dtype = getattr(torch, options.dtype) if dist.is_initialized() else torch.float32   # no autocast there
     return PLAIN.load_model(name, options)
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import tgdpo
 from common import command, from_scratch, strict
-from tgdpo import Unusable, need
+from tgdpo import InputError, need
 
 
 def train_tokenizer(texts, size=4096, max_length=None):
@@ -43,7 +43,7 @@ def texts_of(rows):
     for row in rows:
         try:
             turns, answers = tgdpo.read_pair(row)
-        except Unusable:  # tokenize counts and reports it
+        except InputError:  # tokenize counts and reports it
             continue
         said = [turn["content"] for turn in [*turns, *answers]]
         texts += [text.encode("utf-8", "replace").decode() for text in said]

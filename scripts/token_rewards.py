@@ -57,7 +57,7 @@ def reference_means(name, reference, pairs, options):
     def means(batch):
         outputs = [tgdpo.decoder(model)(input_ids=batch["input_ids"], use_cache=False) for model in models]
         hidden = [output.last_hidden_state.flatten(0, 1)[batch["states"]] for output in outputs]    # (M, H)
-        parts, size = [], max(1, tgdpo.LOGITS_BYTES // (4 * models[1].config.get_text_config().vocab_size))
+        parts, size = [], tgdpo.logits_rows(models[1], hidden[0].device)
         for chunks in zip(*[h.split(size) for h in hidden]):
             judge, ref = [tgdpo.head_logits(model, h, type(output)).float().log_softmax(-1)         # (M, V)
                           for model, h, output in zip(models, chunks, outputs)]

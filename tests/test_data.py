@@ -397,7 +397,7 @@ def test_a_parquet_file_is_read_by_its_very_name_and_in_its_present_content(tmp_
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "line 2"),
         ("a.json", "[1, 2", "cannot be used: JSONDecodeError"),
-        ("a.csv", "x,y", "unknown kind; expected .json, .* scripts/convert.py reads .csv"),
+        ("a.csv", "x,y", "neither .json, .* scripts/convert.py reads .csv"),
         ("a.jsonl", b"\xff\xfe\x00", "cannot be used: UnicodeDecodeError"),
         ("a.parquet", "no", "cannot be used"),
         (None, None, "missing.jsonl cannot be used: FileNotFoundError: .*No such file"),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
 import tgdpo
-from conftest import ROOT, Bench, make_model, write_rows
+from conftest import ROOT, Bench, make_model, rows_of, write_rows
 from test_fsdp import finish, torchrun
 from test_logps import FAMILIES, brute
 from test_microbatches import PAIRS, build as build_of, gradients, ids
@@ -61,7 +61,7 @@ def test_the_rejected_response_does_not_see_the_chosen_one():
     assert not torch.equal(logps[0][0], logps[1][0])
 
 
-def test_the_layout_of_shared_rows_by_hand():
+def test_the_layout_of_shared_rows_by_hand(monkeypatch):
     """Rows of 8 tokens; a state lies one place before its token, the prompt's last one before both first tokens."""
     batch = batch_of(take(PAIRS, [0, 2]), True)
     assert batch["input_ids"].tolist() == [[7, 8, 9, 10, 11, 12, 3, 18], [11, 12, 3, 20, 0, 0, 0, 0]]
@@ -76,6 +76,8 @@ def test_the_layout_of_shared_rows_by_hand():
     assert seen[6] == [1, 1, 1, 1, 1, 1, 1, 0] and seen[7] == [1, 1, 1, 1, 0, 0, 0, 1]
     assert seen[2] == [1, 1, 1] + [0] * 5
     added = fast.attention_mask(batch["segments"], "eager")
+    monkeypatch.setattr(fast.RUN, "dtype", torch.bfloat16)
+    assert fast.attention_mask(batch["segments"], "eager").dtype == torch.bfloat16
     assert torch.equal(added == 0, fast.attention_mask(batch["segments"], "sdpa")) and added.min() < -1e38
 
 
@@ -308,10 +310,14 @@ def test_two_processes_are_one(tmp_path):
     same = dict(reward_model=bench.reward_model, max_steps=4, eval_size=2)
     whole, _ = bench.train(**same, per_device_train_batch_size=4)
     hybrid = make_model(tmp_path / "hybrid", "lfm2", **REFUSED["lfm2"][0])
+    eager = make_model(tmp_path / "eager", "gemma2", sliding_window=64)  # a mask of floats, in bfloat16 here
     jobs = [bench.argv(**same, per_device_train_batch_size=2, gradient_checkpointing=True, cache_dir=tmp_path / "two",
                        out=tmp_path / "both"),
             bench.argv(loss="simpo", max_steps=1, dtype="bfloat16", model_name_or_path=hybrid, out=tmp_path / "lfm2"),
-            bench.argv(loss="simpo", max_steps=1, dtype="bfloat16", out=tmp_path / "gpt2")]  # fmt: skip
+            bench.argv(loss="simpo", max_steps=1, dtype="bfloat16", out=tmp_path / "gpt2"),
+            *[bench.argv(loss="simpo", max_steps=1, dtype="bfloat16", model_name_or_path=eager, learning_rate=0,
+                         gradient_checkpointing=True, shared_prompt=shared, out=tmp_path / f"eager_{shared}")
+              for shared in (True, False)]]  # fmt: skip
     script = tmp_path / "job.py"
     script.write_text(
         f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'scripts')]}\n"
@@ -322,8 +328,13 @@ def test_two_processes_are_one(tmp_path):
         "tgdpo.dist.destroy_process_group()\n"
     )
     status, text = finish(torchrun("--standalone", script))
-    assert status == 0 and "statuses [0, 0, 0]" in text, text[-3000:]
+    assert status == 0 and "statuses [0, 0, 0, 0, 0]" in text, text[-3000:]
     assert [facts(tmp_path / name)["prompts_shared"] for name in ("both", "lfm2", "gpt2")] == [True, False, True]
+    shared, plain = [facts(tmp_path / f"eager_{x}") for x in (True, False)]
+    assert [shared["prompts_shared"], plain["prompts_shared"]] == [True, False]
+    (row,), (other,) = [rows_of(tmp_path / f"eager_{x}") for x in (True, False)]
+    assert row["loss"] == pytest.approx(other["loss"], abs=0.01)
+    assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.05)
     rows = [json.loads(line) for line in (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     for row, other in zip(rows, whole, strict=True):

@@ -3,13 +3,16 @@
 import json
 import os
 
+import datasets
 import filelock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tgdpo
+from conftest import small_config
 from test_train import curve
 
 
@@ -162,8 +165,6 @@ def test_a_process_of_another_launcher_is_refused(monkeypatch, capsys):
 
 
 def test_a_parquet_file_is_the_one_that_was_named_as_it_is_now(bench, capsys):
-    import datasets
-
     rows = [json.loads(text) for text in open(bench.data)]
     name, other = bench.folder / "a[1]*.parquet", bench.folder / "a1x.parquet"
     datasets.Dataset.from_list(rows[:3]).to_parquet(str(other))
@@ -175,10 +176,36 @@ def test_a_parquet_file_is_the_one_that_was_named_as_it_is_now(bench, capsys):
     assert len(tgdpo.load_rows(str(name), "train")) == 5
 
 
-def test_what_is_in_a_directory_or_around_a_list_is_said(tmp_path):
-    (tmp_path / "clone").mkdir()
-    (tmp_path / "clone" / "README.md").write_text("x")
-    (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": [{"prompt": "a"}]}))
-    for name, said in (("clone", "did not save; scripts/convert.py"), ("wrapped.json", "object with a list in data;")):
-        with pytest.raises(tgdpo.InputError, match=said):
-            tgdpo.load_rows(str(tmp_path / name), "train")
+def test_a_cloned_data_set_and_a_list_inside_an_object_name_convert(bench, capsys):
+    clone, wrapped = bench.folder / "clone", bench.folder / "wrapped.json"
+    clone.mkdir()
+    (clone / "README.md").write_text("x")
+    wrapped.write_text(json.dumps({"version": 1, "data": [{"prompt": "a"}]}))
+    for name, said in ((clone, "nor saved by `datasets`"), (wrapped, "1 rows with the columns: data, version;")):
+        bench.train(dataset=name, status=2)
+        assert said in (error := line(capsys)) and "scripts/convert.py" in error
+
+
+def test_the_longest_pass_is_tried_before_step_1_on_a_gpu(bench, monkeypatch):
+    """Forward and backward, the longest two of four pairs; nothing of it is left behind."""
+    responses = dict(chosen_ids=[[5], [6, 7, 8], [5] * 9, [5]], rejected_ids=[[6], [9, 8, 7, 6], [7, 8], [7]])
+    zeros = {name.replace("ids", "ref_logps"): [[0.0] * len(row) for row in rows] for name, rows in responses.items()}
+    columns = {"index": [*range(4)], "prompt_ids": [[4], [4, 5], [4], [4]]} | responses | zeros
+    options = tgdpo.read_options(bench.argv(loss="dpo", per_device_train_batch_size=2))
+    model, seen, backward = tgdpo.load_model(bench.model, options), [], torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: seen.append("backward") or backward(loss))
+    forward = model.token_logps
+    model.token_logps = lambda batch: seen.append(batch["mask"].sum(1).tolist()) or forward(batch)
+    tgdpo.rehearse(model, datasets.Dataset.from_dict(columns), options)
+    assert seen == [[9, 3, 2, 4], "backward"] and all(p.grad is None for p in model.parameters())
+
+
+def test_on_a_gpu_more_logits_exist_at_one_time():
+    model = transformers.AutoModelForCausalLM.from_config(small_config(vocab_size=1000))
+    cpu, cuda = [tgdpo.logits_rows(model, torch.device(name)) for name in ("cpu", "cuda")]
+    assert cpu == 2**27 // 4000 and cuda == 2**30 // 4000
+
+
+def test_what_is_out_of_memory_is_no_unreadable_file():
+    with pytest.raises(torch.OutOfMemoryError), tgdpo.reading("a model"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
