@@ -1031,7 +1031,8 @@ def model_folder(name):
 def load_tokenizer(name):
     """The tokenizer of a model."""
     with reading(f"the tokenizer of model {name}"):
-        return AutoTokenizer.from_pretrained(model_folder(name))
+        # by tokenizer.json also where mistral-common is installed, whose class lacks what is used
+        return AutoTokenizer.from_pretrained(model_folder(name), mistral_format=False)
 
 def load_config(name):
     """The configuration of a model's text part."""

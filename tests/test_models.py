@@ -221,3 +221,11 @@ def test_checkpointing_where_a_family_lacks_it(bench, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "--gradient_checkpointing for this model" in error and error.count("\n") == 1
     assert not rows_of(bench.folder / "run1")
+
+
+def test_tokenizers_are_read_by_transformers_own_classes(bench, monkeypatch):
+    """mistral-common's class, which AutoTokenizer takes where that package is installed, has no added_tokens_decoder."""
+    original, seen = transformers.AutoTokenizer.from_pretrained, []
+    monkeypatch.setattr(tgdpo.AutoTokenizer, "from_pretrained", lambda *a, **k: seen.append(k) or original(*a, **k))
+    assert tgdpo.load_tokenizer(bench.model).added_tokens_decoder
+    assert seen[-1].get("mistral_format") is False
