@@ -383,15 +383,6 @@ def run_pairs(model, pairs, options, learn):
         found.append(totals | {"pairs": len(rows), "not finite": bad})
     return reduce(merge, chain(*gather(found)))
 
-def rehearse(model, pairs, options):
-    """The run's longest pass, forward and backward, beside AdamW's two moments to come: what does
-    not fit in a GPU's memory fails in the first minute, not at step 700."""
-    moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-    most = options.per_device_train_batch_size * world()
-    run_pairs(model, pairs.select((-pair_lengths(pairs)).argsort()[:most]), options, learn=True)
-    model.zero_grad()
-    del moments
-
 def merge(a, b):
     """The totals of some pairs and of others -> of both."""
     both = {"guidance/min": min, "guidance/max": max}  # all others are sums, or lists
@@ -409,8 +400,8 @@ def train(options, pairs, tokenizer, facts):
     torch.manual_seed(options.seed)
     optimizer, scheduler, steps = make_optimizer(model, len(pairs), options)
     step, window = load_checkpoint(folder, model, optimizer, scheduler)
-    bar = tqdm(total=steps, initial=step, desc=f"train {folder.name}: {options.loss}",
-               disable=rank() > 0 or None)
+    print(f"train {folder}: {options.loss}, {len(pairs)} pairs, {steps} steps")
+    bar = tqdm(total=steps, initial=step, desc="train", disable=rank() > 0 or None)
     with bar, open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
         while step < steps:
             began, rows = time.perf_counter(), []
@@ -427,7 +418,6 @@ def train(options, pairs, tokenizer, facts):
             totals |= {"tokens": int(pair_lengths(batch).sum()),
                        "seconds": time.perf_counter() - began}
             window = merge(window, totals) if window else totals  # since the last row of metrics
-            bar.set_postfix(loss=f"{totals['loss'] / len(batch):.4f}", refresh=False)
             bar.update()
             if step % options.logging_steps == 0 or step == steps:
                 speed = window["tokens"] / window["seconds"]
@@ -438,7 +428,9 @@ def train(options, pairs, tokenizer, facts):
                 totals = run_pairs(model, held_out, options, learn=False)
                 scores = {f"eval_{name}": value for name, value in means(totals).items()}
                 rows.append(scores)
-            log.write("".join(json.dumps({"step": step} | row) + "\n" for row in rows))
+            for row in rows:
+                log.write(json.dumps({"step": step} | row) + "\n")
+                bar.write(in_words(step, row))
             log.flush()
             if options.save_steps and step % options.save_steps == 0 and step < steps:
                 save_checkpoint(folder, model, optimizer, scheduler, step, window)
@@ -521,15 +513,17 @@ class Options:
     output_dir: str | None = option(None, "where the run is written, new or empty; none: in runs")
     cache_dir: str = option("~/.cache/tgdpo", "where annotations are kept for later runs")
 
+# Defaults without --model_name_or_path.
 TINY = dict(beta=1.0, alpha=0.1, max_length=8, learning_rate=1e-3, num_train_epochs=2.0,
-            per_device_train_batch_size=32, eval_size=0.1)  # defaults without --model_name_or_path
+            per_device_train_batch_size=32, eval_size=0.1, logging_steps=20)
 # What --resume may change: where and how it computes and what it reports, not what is learned.
 MAY_CHANGE = ("resume output_dir cache_dir device hsdp gradient_checkpointing save_steps "
               "logging_steps eval_steps per_device_train_batch_size "
               "gradient_accumulation_steps").split()
 
 def read_options(argv):
-    """Command line -> Options. A first argument that is no flag is a .yaml or .json file."""
+    """Command line -> Options. A first argument that is no flag is a .yaml or .json file, or the
+    run.json of a run."""
     tiny = ", ".join(f"--{name} {value}" for name, value in TINY.items())
     parser = transformers.HfArgumentParser(
         Options, prog="tgdpo.py", usage="tgdpo.py [FILE.yaml] [--OPTION VALUE ...]",
@@ -537,8 +531,12 @@ def read_options(argv):
     parser.error = lambda text: need(False, f"{text}; --help lists all options")  # in one line
     if argv and not argv[0].startswith("-"):
         with reading(f"{argv[0]}, taken for a file of options (data goes behind --dataset),"):
-            values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))  # JSON is YAML
+            text = Path(argv[0]).read_text(encoding="utf-8")
+            values = yaml.safe_load(text)  # JSON is YAML
             need(isinstance(values, dict), f"{argv[0]}: expected lines such as 'beta: 0.1'")
+            twice = [key for key in values if len(re.findall(f"^{key}:", text, re.M)) > 1]
+            need(not twice, f"{argv[0]}: {', '.join(twice)} more than once; expected one value")
+            values = values.get("options", values)  # a run.json's
         argv = [f"--{key}={value}" for key, value in values.items() if value is not None] + argv[1:]
     if not parser.parse_args(argv).model_name_or_path:
         batch = max(1, TINY["per_device_train_batch_size"] // world())  # 32 on all together
@@ -872,6 +870,7 @@ def run_small(options):
         found["reward model"] = options.reward_model or str(folder / "reward_model")
         found[f"{options.loss}, true r"] = stage.output_dir
     policies = {name: small_policy(path, tokenizer, options) for name, path in found.items()}
+    print("judge: all 7 responses of each model are listed, so that J is exact")
     policies["each state alone"], _ = closed_form_policy(SMALL_REF, SMALL_REWARD, beta)
     table, columns = {}, ("J", "reward", "KL", '"not bad"')
     for name, policy in policies.items():
@@ -883,6 +882,9 @@ def run_small(options):
     print(f"\nall 7 responses, beta = {beta:g}\n{'':18}", *[f"{name:>10}" for name in columns])
     for name, row in table.items():
         print(f"{name:18}", *[f"{value:10.3f}" for value in row])
+    best = max(found, key=lambda name: table[name][0])
+    print(f"J is reward - beta KL. Of the models, {best} is nearest to the optimum: "
+          f"{table['optimum'][0] - table[best][0]:.3f} below it.")
     once(record, folder, table=table)
 
 # ------------------------------------------------------------ 8. pairs, processes, models, files
@@ -907,6 +909,14 @@ def means(totals):
         row["guidance/mean"] = totals["guidance/sum"] / totals["guidance/tokens"]
         row |= {f"guidance/{x}": totals[f"guidance/{x}"] for x in ("min", "max", "nonpositive")}
     return row
+
+def in_words(step, row):
+    """A row of metrics in a line of the terminal."""
+    told = [f"{name.replace('rewards/', '')} {value:.3f}" for name, value in row.items()
+            if name.endswith(("loss", "rewards/margins", "rewards/accuracies"))]
+    if row.get("guidance/nonpositive"):  # Assumption 4.2
+        told.append(f"f <= 0 at {row['guidance/nonpositive']} tokens")
+    return f"step {step}: {', '.join(told)}"
 
 def shuffled(n, seed):
     """The numbers below n in a seeded order."""
@@ -950,6 +960,15 @@ def clip_gradients(model, max_norm):
     norm = norm.full_tensor() if dist.is_initialized() else norm
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm or math.inf, norm)
     return norm.item()
+
+def rehearse(model, pairs, options):
+    """The run's longest pass, forward and backward, beside AdamW's two moments to come: what does
+    not fit in a GPU's memory fails in the first minute, not at step 700."""
+    moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    most = options.per_device_train_batch_size * world()
+    run_pairs(model, pairs.select((-pair_lengths(pairs)).argsort()[:most]), options, learn=True)
+    model.zero_grad()
+    del moments
 
 def rank():
     """The number of this process among those that torchrun started; 0 without torchrun."""
@@ -1346,11 +1365,12 @@ def reward_then_train(options, tokenizer, pairs, counts):
         facts["reference"] = once(model_fingerprint, reference)
         pairs = annotate(pairs, "ref_logps", reference, options)
     if options.loss not in NO_REWARDS and "chosen_rewards" in pairs.column_names:
-        print("token rewards: the data set's own; --reward_model is not used")
+        unused = "; --reward_model is not used" if judge else ""
+        print(f"token rewards: the columns chosen_rewards, rejected_rewards{unused}")
     elif options.loss not in NO_REWARDS:
         if not judge:
             judge = f"{options.output_dir}/reward_model"
-            print(f"no --reward_model: one is trained first, by DPO on the same pairs, in {judge}")
+            print("no --reward_model: one is trained first, by DPO on the same pairs")
             stage = replace(options, loss="dpo", beta=beta, output_dir=judge)
             train(stage, pairs, tokenizer, facts)
         facts["reward_model_fingerprint"] = once(model_fingerprint, judge)
@@ -1393,12 +1413,13 @@ def run(argv):
     options = read_options(argv)
     options = once(lambda: options)  # rank 0's, which has the time and a process number in it
     once(open_folder, Path(options.output_dir), options)
+    if options.model_name_or_path:
+        work = partial(reward_then_train, options, *once(read_data, options))
+    else:
+        once(show_decomposition)
+        work = partial(run_small, options)
     with nullcontext() if rank() else lock(options.output_dir):
-        if options.model_name_or_path:
-            reward_then_train(options, *once(read_data, options))
-        else:
-            once(show_decomposition)
-            run_small(options)
+        work()
     print(f"done: {options.output_dir}")
 
 def quiet():

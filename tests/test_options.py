@@ -101,6 +101,7 @@ def test_what_cannot_be_used_is_one_line_and_status_2(argv, message, capsys):
         ("beta: 'x'", "invalid float value"),
         ("a: b: c", "cannot be used"),
         ("learning: 1", "unrecognized arguments"),
+        ("beta: 1\nloss: dpo\nbeta: 2", "beta more than once; expected one value"),
     ],
 )
 def test_a_bad_file_of_options(tmp_path, text, message, capsys):

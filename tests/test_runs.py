@@ -12,7 +12,7 @@ import transformers
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tgdpo
-from conftest import small_config
+from conftest import rows_of, small_config
 from test_train import curve
 
 
@@ -174,6 +174,13 @@ def test_a_parquet_file_is_the_one_that_was_named_as_it_is_now(bench, capsys):
     datasets.Dataset.from_list(rows[:5]).to_parquet(str(name))
     os.utime(name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert len(tgdpo.load_rows(str(name), "train")) == 5
+
+
+def test_a_run_can_be_made_again_from_its_run_json(bench):
+    rows, out = bench.train(loss="dpo", beta=0.3, max_steps=2)
+    again = bench.folder / "again"
+    assert tgdpo.main([str(out / "run.json"), f"--output_dir={again}"]) == 0
+    assert curve(rows_of(again)) == curve(rows)
 
 
 def test_a_cloned_data_set_and_a_list_inside_an_object_name_convert(bench, capsys):

@@ -229,8 +229,21 @@ def test_token_rewards_in_the_data_win_over_a_reward_model(bench, capsys):
     brought, _ = bench.train(
         dataset=write_rows(bench.folder / "own.jsonl", rows), reward_model=bench.model, num_train_epochs=3
     )
-    assert "the data set's own; --reward_model is not used" in capsys.readouterr().out
+    assert "the columns chosen_rewards, rejected_rewards; --reward_model is not used" in capsys.readouterr().out
     close(curve(brought), curve(with_model))
+
+
+def test_each_row_of_metrics_is_a_line_also_without_a_terminal(bench, capsys):
+    options = dict(reward_model=bench.reward_model, eval_size=2, eval_steps=3, logging_steps=2, max_steps=4)
+    rows, out = bench.train(alpha=100.0, **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("train", "step"))]
+    assert lines[0] == f"train {out}: tgdpo, 6 pairs, 4 steps"
+    assert [line.split(":")[0] for line in lines[1:]] == ["step 2", "step 3", "step 4", "step 4"]
+    assert lines[1].startswith(f"step 2: loss {rows[0]['loss']:.3f}, margins {rows[0]['rewards/margins']:.3f}, acc")
+    assert lines[1].endswith(f", f <= 0 at {rows[0]['guidance/nonpositive']} tokens"), "Assumption 4.2"
+    assert lines[2].startswith("step 3: eval_loss ") and max(map(len, lines[1:])) <= 100
+    bench.train(loss="dpo", **options)
+    assert "f <= 0" not in capsys.readouterr().out
 
 
 def test_without_a_reward_model_one_is_trained_by_dpo_first(bench, capsys):
