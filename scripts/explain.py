@@ -5,6 +5,9 @@
     python scripts/explain.py --seed 7     another random language: what holds for all, and what for this one only
     python scripts/explain.py --starts 12  section 10's minimisers from 12 other starts too: slower, and lower
 
+Below each heading a sentence says what to notice. A difference that the theory says is 0 is printed as <1e-09, or as
+<0.001 where a search found one side. A 0.0000 is a number that happens to be 0.
+
 Where tgdpo.py has a formula, this calls its function; the rest of derivation.md is computed here. Tables are (S, A) and
 a tree is what section 1 of tgdpo.py calls a language, (states, actions). States stand in the order of a heap: the root
 is 0, action a leads from state s to state A s + 1 + a, and what lies beyond the last step has value 0. Here S = 40,
@@ -190,33 +193,48 @@ def apart(a, b):
     return (a.exp() - b.exp()).abs().max().item()
 
 
+def zero(difference, below=1e-9):
+    """A difference that the theory says is 0, in words; as a number if it is not below what rounding leaves."""
+    return f"<{below:g}" if difference < below else f"{difference:.4f}"
+
+
+def found_zero(difference):
+    """The same where one side was searched for."""
+    return zero(difference, 1e-3)
+
+
 def section_1(w):
-    """one lemma: what a KL penalty asks for"""
+    """one lemma: what a KL penalty asks for
+    Whatever the policy p is, it falls short of the maximum by its KL to the best policy."""
     p, q, g = w.exact[0], w.ref[0], w.reward[0]
-    best, log_Z = closed_form_policy(q, g, 1.0)
-    # (1c)  E_p[ g - log p/q ] = log Z - KL(p || q exp(g) / Z)
-    print(f"(1c)   {token_ppo_objective(p, q, g, 1.0):.4f} = {log_Z:.4f} - {(p.exp() * (p - best)).sum():.4f}")
+    best, log_N = closed_form_policy(q, g, 1.0)
+    # (1c)  E_p[ g - log p/q ] = log N - KL(p || q exp(g) / N)
+    print(f"(1c)   {token_ppo_objective(p, q, g, 1.0):.4f} = {log_N:.4f} - {(p.exp() * (p - best)).sum():.4f}")
 
 
 def section_2(w):
-    """sequence-level PPO: its optimum by enumeration and by ascent"""
-    # (2a)  π*(y) = π_ref(y) exp(R(y) / β) / Z(x), and max J = β log Z(x)
-    best, log_Z = closed_form_policy(w.p_ref.log(), w.R, w.beta)
+    """sequence-level PPO: its optimum by enumeration and by ascent
+    Listing all 81 responses and climbing J by gradients end at one policy."""
+    # (2a)  π*(y) = π_ref(y) exp((R(y) - V(x)) / β), and max J = V(x) = β log Σ_y π_ref(y) exp(R(y) / β)
+    best, log_N = closed_form_policy(w.p_ref.log(), w.R, w.beta)
     found, loss = minimise(lambda p: -sequence_ppo_objective(p, w.ref, w.reward, w.beta, w.tree), w.ref, 1e-5)
-    print(f"(2a)   max J = beta log Z(x) = {w.beta * log_Z:.4f}; gradient ascent on (1b) reaches {-loss:.4f}")
-    print(f"       the policies that they give differ by {(best.exp() - probability(found, w.tree)).abs().max():.4f}")
+    print(f"(2a)   max J = V(x) = {w.beta * log_N:.4f}; gradient ascent on (1b) reaches {-loss:.4f}")
+    print(f"       the policies that they give differ by "
+          f"{found_zero((best.exp() - probability(found, w.tree)).abs().max())}")
 
 
 def section_3(w):
-    """DPO"""
-    # (3a)  R(y) = β log π*(y) / π_ref(y) + β log Z(x)
+    """DPO
+    A policy is the optimum for the reward that is read off it: so DPO's loss over all pairs finds PPO's policy."""
+    # (3a)  R(y) = β log π*(y) / π_ref(y) + V(x)
     R = implicit_reward(along(w.exact, w.tree).sum(-1), w.p_ref.log(), w.beta, log_Z=w.V[0] / w.beta)
-    print(f"(3a)   the reward read off the optimal policy misses R(y) by at most {(R - w.R).abs().max():.4f}")
+    print(f"(3a)   the reward read off the optimal policy misses R(y) by {zero((R - w.R).abs().max())}")
 
     def loss(log_policy):
         return (w.weights * dpo_loss(*all_pairs(log_policy, w.tree), *all_pairs(w.ref, w.tree), w.beta)[0]).sum()
     found, _ = minimise(loss, w.ref)
-    print(f"(3c)   the minimiser of DPO's loss over all pairs misses the optimum of J by {apart(found, w.exact):.4f}")
+    print("(3c)   the minimiser of DPO's loss over all pairs misses the optimum of J by "
+          f"{found_zero(apart(found, w.exact))}")
 
 
 def bounds(ref_logps, reward, beta, tree):
@@ -227,7 +245,8 @@ def bounds(ref_logps, reward, beta, tree):
 
 
 def section_4(w):
-    """one problem for each token: Theorem 4.1, and what is lost when D is fixed"""
+    """one problem for each token: Theorem 4.1, and what is lost when D is fixed
+    The theorem's bound holds, but it is loose. With D fixed it may lie on either side of max J."""
     best, right, fixed = bounds(w.ref, w.reward, w.beta, w.tree)
     print(f"(4.1)  Theorem 4.1: {best:.4f} <= {right:.4f}")
     # (4a)  J(π) = E_π Σ_t [ β log Z(s_t) - β KL(π || π_m)(s_t) ]: what is lost against π_m, state by state
@@ -251,37 +270,40 @@ def section_4(w):
 
 
 def section_5(w):
-    """the exact optimum against the closed form of each state by itself"""
+    """the exact optimum against the closed form of each state by itself
+    A state by itself (myopic) does not see where a token leads. With the future in the reward, V, it does."""
     print(f"(5b)   J: exact {J(w, w.exact):.4f}, myopic {J(w, w.myopic):.4f}, reference {J(w, w.ref):.4f}; "
           f"probabilities differ by up to {apart(w.exact, w.myopic):.4f}")
     # (5c)  r'(s,a) = r(s,a) + V(s') - V(s): the same sums but for V(x), and Z = 1 in every state
     shaped = w.reward + w.ahead - w.V[:, None]
     policy, log_Z = closed_form_policy(w.ref, shaped, w.beta)
-    print(f"(5c)   with the reward shaped by V: |log Z| at most {log_Z.abs().max():.4f}, the two optima differ by "
-          f"{apart(policy, w.exact):.4f}")
+    print(f"(5c)   with the reward shaped by V: |log Z| is {zero(log_Z.abs().max())}, the two optima differ by "
+          f"{zero(apart(policy, w.exact))}")
 
 
 def section_6(w):
-    """the guided problem of one state, with f drawn between 0.2 and 2"""
+    """the guided problem of one state, with f drawn between 0.2 and 2
+    Theorem 4.3 is exact. With f on the KL term the problem is another one: it does not mind a constant reward."""
     rng = random.Random(w.seed + 1)
     f = f64([[rng.uniform(0.2, 2) for _ in row] for row in w.ref])
     policy, log_Z = closed_form_policy(w.ref, w.reward, w.beta, f)
     found, loss = minimise(lambda p: -token_ppo_objective(p, w.ref, w.reward, w.beta, f).sum(), torch.zeros_like(w.ref))
     print(f"(6a)   all states together: closed form {log_Z.sum():.4f}, ascent {-loss:.4f}")
-    print(f"(4.3a) the policies differ by {apart(policy, found):.4f}")
+    print(f"(4.3a) the policies differ by {found_zero(apart(policy, found))}")
     back = implicit_reward(policy, w.ref, w.beta, f, log_Z[:, None])
-    print(f"(4.3c) the reward read off the policy misses r by {(back - w.reward).abs().max():.4f}")
+    print(f"(4.3c) the reward read off the policy misses r by {zero((back - w.reward).abs().max())}")
     other = kl_weighted_policy(w.ref, w.reward, w.beta, f)
     found, _ = minimise(lambda p: -(p.exp() * (w.reward - w.beta * f * (p - w.ref))).sum(), torch.zeros_like(w.ref))
-    print(f"(6b)   f on the KL instead: differs from ascent by {apart(other, found):.4f}, from (4.3a) by "
+    print(f"(6b)   f on the KL instead: differs from ascent by {found_zero(apart(other, found))}, from (4.3a) by "
           f"{apart(other, policy):.4f}")
     moved = [apart(solve(w.ref, w.reward, w.beta, f), solve(w.ref, w.reward + 1, w.beta, f)) for solve in
              (lambda *a: closed_form_policy(*a)[0], kl_weighted_policy)]
-    print(f"       add 1 to every reward: (4.3a) moves by {moved[0]:.4f}, (6b) by {moved[1]:.4f}")
+    print(f"       add 1 to every reward: (4.3a) moves by {moved[0]:.4f}, (6b) by {zero(moved[1])}")
 
 
 def section_7(w):
-    """Bradley-Terry: what dropping delta does"""
+    """Bradley-Terry: what dropping delta does
+    With delta the loss finds the myopic policy, without it one that looks ahead: for f = 1 the optimum of J."""
     rng = random.Random(w.seed + 2)
     g = f64([[rng.uniform(-0.5, 0.5) for _ in row] for row in w.ref])
     for alpha, name in ((0.0, "f = 1     "), (1.0, "f = f(s,a)")):
@@ -292,8 +314,8 @@ def section_7(w):
                          for delta in (True, False)]
         consistent = consistent_policy(w.ref, w.reward, w.beta, f)
         for tag, title, found in (("(7a)", "with delta   ", kept), ("(7c)", "without delta", without)):
-            print(f"{tag}   {name} {title}: from the myopic policy {apart(found, myopic):.4f}, from the exact optimum "
-                  f"{apart(found, w.exact):.4f}, from (7c) {apart(found, consistent):.4f}")
+            print(f"{tag}   {name} {title}: from the myopic policy {found_zero(apart(found, myopic))}, from the exact "
+                  f"optimum {found_zero(apart(found, w.exact))}, from (7c) {found_zero(apart(found, consistent))}")
     theta = torch.linspace(-1, 1, 20001, dtype=torch.float64)
     # (7b)  argmin_θ -log σ(θ + δ1) - log σ(-θ + δ2) = (δ2 - δ1) / 2
     found = [theta[(F.softplus(-theta - delta) + F.softplus(theta)).argmin()] for delta in (1.0, 0.0)]
@@ -309,7 +331,8 @@ def section_7(w):
 
 
 def section_8(w):
-    """the practical f, and the force on a token (beta 1, alpha 0.5, at pi = pi_ref)"""
+    """the practical f, and the force on a token (beta 1, alpha 0.5, at pi = pi_ref)
+    A very good token is pushed up in the loser, too. A pair's two orders need not add up to 1."""
     zero = torch.zeros(1, 1).double()
     for r in f64([0.6, -0.6, 3.0, -3.0]):
         logps = torch.zeros(2, 1, 1).double().requires_grad_()
@@ -327,7 +350,8 @@ def section_8(w):
 
 
 def section_9(w):
-    """T-REG and TGDPO are one gradient (the sequences of largest and of smallest R)"""
+    """T-REG and TGDPO push one pair in one direction (the sequences of largest and of smallest R)
+    One number takes one gradient to the other. At pi_ref it is 1; elsewhere each pair has its own."""
     rng = random.Random(w.seed + 3)
     logits = f64([[rng.gauss(0, 1) for _ in row] for row in w.ref]).requires_grad_()
     rhat = along(token_rewards(w.exact, w.ref, w.beta), w.tree)
@@ -346,11 +370,12 @@ def section_9(w):
         sides = [round(x.item(), 4) + 0.0 for x in (*phi, moved)]   # + 0.0 turns -0 into 0
         print(f"(9b)   {name}: phi {sides[0]:.4f} = {sides[1]:.4f} {sides[2]:+.4f}")
         print(f"(9c)   {name}: the gradients' quotient is {(treg[0] / tgdpo[0])[0]:.4f} = {scale.item():.4f}; "
-              f"over all logits it misses by {(treg - scale * tgdpo).abs().max():.4f}")
+              f"over all logits it misses by {zero((treg - scale * tgdpo).abs().max())}")
 
 
 def section_10(w):
-    """how large alpha rhat may be: the minimiser over all pairs, with rhat from the exact DPO model"""
+    """how large alpha rhat may be: the minimiser over all pairs, with rhat from the exact DPO model
+    Watch the last column: all probability can fall on one response long before any f_w is 0."""
     rhat = token_rewards(w.exact, w.ref, w.beta)
     # (10a)  E_{a~π_ref}[ r̂(s,a) ] = -β KL(π_ref || π_rm)(s), never above 0
     mean, kl = (w.ref.exp() * rhat).sum(-1)[0], (w.ref.exp() * (w.ref - w.exact)).sum(-1)[0]
@@ -386,7 +411,8 @@ def section_10(w):
 
 
 def section_11(w):
-    """RTO: the same token reward as a return, beta1 log pi_dpo / pi_ref against a KL of weight beta2 = 1"""
+    """RTO: the same token reward as a return, beta1 log pi_dpo / pi_ref against a KL of weight beta2 = 1
+    Only beta1 / beta2 decides, and not where in the response the reward is paid. At 1 it is the DPO model."""
     sums = along(w.exact - w.ref, w.tree).sum(-1)                                       # log π_dpo / π_ref (y), (Y,)
     end = torch.zeros_like(w.ref)
     end[w.tree[0][:, -1], w.tree[1][:, -1]] = sums                                      # all of it on the last token
@@ -394,11 +420,11 @@ def section_11(w):
         # (11a)  r(s,a) = β1 log π_dpo / π_ref, so that R(y) = β1 log π_dpo(y) / π_ref(y)
         reward = implicit_reward(w.exact, w.ref, beta1)
         best, last = [soft_optimum(w.ref, r, 1.0)[0] for r in (reward, beta1 * end)]
-        # (11b)  π(y) = π_ref(y)^(1 - β1/β2) π_dpo(y)^(β1/β2) / Z(x)
+        # (11b)  π(y) = π_ref(y)^(1 - β1/β2) π_dpo(y)^(β1/β2), normalised over y
         mixed = (w.p_ref.log() + beta1 * sums).softmax(-1)
-        print(f"(11b)  beta1 {beta1}: KL {divergence(best, w.ref, w.tree):.4f}; from (11b) "
-              f"{(probability(best, w.tree) - mixed).abs().max():.4f}, from the DPO model {apart(best, w.exact):.4f}, "
-              f"with all reward at the end {apart(best, last):.4f}")
+        off = zero((probability(best, w.tree) - mixed).abs().max())
+        print(f"(11b)  beta1 {beta1}: KL {divergence(best, w.ref, w.tree):.4f}; from (11b) {off}, from the DPO model "
+              f"{zero(apart(best, w.exact))}, with all reward at the end {zero(apart(best, last))}")
 
 
 def main(argv):
@@ -416,7 +442,8 @@ def main(argv):
     sections = (section_1, section_2, section_3, section_4, section_5, section_6, section_7, section_8, section_9,
                 section_10, section_11)
     for number, section in enumerate(sections, 1):
-        print(f"{number:<2} {section.__doc__}")
+        title, notice = section.__doc__.split("\n")
+        print(f"{number:<2} {title}\n   {notice.strip()}")
         section(w)
 
 

@@ -888,6 +888,13 @@ def test_another_language_can_be_asked_for(capsys):
         sides = re.search(rf"^\({tag}\).*: (-?[\d.]+) = (-?[\d.]+)$", output, re.M).groups()
         assert float(sides[0]) == pytest.approx(float(sides[1]), abs=2e-4)
     assert len(re.findall(r"^\d+ ", output, re.M)) == 11
+    # what theory says is 0 looks different from what happens to be
+    assert len(re.findall(r"<(1e-09|0\.001)\b", output)) >= 20
+
+
+def test_a_zero_that_is_none_is_shown():
+    assert explain.zero(1e-12) == "<1e-09" and explain.zero(2e-4) == "0.0002" and explain.zero(0.5) == "0.5000"
+    assert explain.found_zero(2e-4) == "<0.001" and explain.found_zero(torch.tensor(0.0013)) == "0.0013"
 
 
 def test_the_figures_are_what_the_script_draws(tmp_path):
