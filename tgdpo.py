@@ -356,7 +356,9 @@ def losses_and_totals(model, batch, options):
     if options.loss == "tgdpo":
         f = torch.cat([guidance(r, options.alpha, side, options.guidance_floor)
                        for r, side in zip(columns["rewards"], (+1, -1))])  # (N, R)
-        totals |= {"guidance/sum": (f * mask).sum(), "guidance/tokens": mask.sum(),
+        at_1, *_ = dpo_loss(*logps.detach().chunk(2), *columns["ref_logps"], options.beta)
+        totals |= {"dpo_loss": at_1.sum(),  # with f = 1, to compare runs of different alpha
+                   "guidance/sum": (f * mask).sum(), "guidance/tokens": mask.sum(),
                    "guidance/min": f.where(mask, math.inf).min(),
                    "guidance/max": f.where(mask, -math.inf).max(),
                    "guidance/nonpositive": ((f <= 0) & mask).sum()}
@@ -408,8 +410,9 @@ def train(options, pairs, tokenizer, facts):
             batch = pairs.select(pairs_of_step(len(pairs), step, options))
             totals = run_pairs(model, batch, options, learn=True)
             norm = clip_gradients(model, options.max_grad_norm)
+            saved = ", ".join(path.name for path in checkpoints(folder)) or "none"
             need(math.isfinite(norm), f"step {step + 1}: loss (of pairs {totals['not finite']}) or "
-                 f"gradient is no number; newest checkpoint: {newest_checkpoint(folder)}", Diverged)
+                 f"gradient is no number; checkpoints: {saved}", Diverged)
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
@@ -434,6 +437,7 @@ def train(options, pairs, tokenizer, facts):
             log.flush()
             if options.save_steps and step % options.save_steps == 0 and step < steps:
                 save_checkpoint(folder, model, optimizer, scheduler, step, window)
+                once(drop_checkpoints, folder, options.save_total_limit)
     save_model(model, tokenizer, folder)
     once(record, folder, steps=steps, evaluation=scores, finished=True)
 # ------------------------------------------------------------ The method ends here.
@@ -503,7 +507,8 @@ class Options:
     eval_size: Held = option(0, "pairs held out for evaluation; below 1: a share of all pairs")
     eval_steps: Count | None = option(None, "evaluate each so many steps; none: at the end only")
     logging_steps: Count = option(1, "write a row of metrics each so many steps")
-    save_steps: CountOrZero = option(0, "checkpoint each; 0: none")
+    save_steps: CountOrZero = option(0, "checkpoint each so many steps; 0: none")
+    save_total_limit: Count | None = option(None, "keep so many newest checkpoints; none: all")
     resume: bool = option(False, "continue the run in output_dir from its newest checkpoint")
     dtype: Literal["bfloat16", "float32"] | None = option(None, "none: bfloat16 on CUDA")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
@@ -518,7 +523,7 @@ TINY = dict(beta=1.0, alpha=0.1, max_length=8, learning_rate=1e-3, num_train_epo
             per_device_train_batch_size=32, eval_size=0.1, logging_steps=20)
 # What --resume may change: where and how it computes and what it reports, not what is learned.
 MAY_CHANGE = ("resume output_dir cache_dir device hsdp gradient_checkpointing save_steps "
-              "logging_steps eval_steps per_device_train_batch_size "
+              "save_total_limit logging_steps eval_steps per_device_train_batch_size "
               "gradient_accumulation_steps").split()
 
 def read_options(argv):
@@ -904,7 +909,7 @@ def add_columns(pairs, name, columns):
 def means(totals):
     """Totals of run_pairs -> a row of metrics: means over pairs; of f, over response tokens."""
     row = {name: total / totals["pairs"] for name, total in totals.items()
-           if re.match("loss|rewards|logps", name)}
+           if re.match("loss|rewards|logps|dpo_loss", name)}
     if "guidance/sum" in totals:
         row["guidance/mean"] = totals["guidance/sum"] / totals["guidance/tokens"]
         row |= {f"guidance/{x}": totals[f"guidance/{x}"] for x in ("min", "max", "nonpositive")}
@@ -912,8 +917,9 @@ def means(totals):
 
 def in_words(step, row):
     """A row of metrics in a line of the terminal."""
+    names = ("loss", "rewards/margins", "rewards/accuracies")
     told = [f"{name.replace('rewards/', '')} {value:.3f}" for name, value in row.items()
-            if name.endswith(("loss", "rewards/margins", "rewards/accuracies"))]
+            if name.removeprefix("eval_") in names]
     if row.get("guidance/nonpositive"):  # Assumption 4.2
         told.append(f"f <= 0 at {row['guidance/nonpositive']} tokens")
     return f"step {step}: {', '.join(told)}"
@@ -1224,15 +1230,22 @@ def in_one_line(what):
         reasons = {" ".join(repr(error).split()) for error in errors}
         raise InputError(f"{what}: {'; '.join(reasons)}") from e
 
-def newest_checkpoint(folder):
-    """The complete checkpoint of the largest step in a run's folder, or None."""
+def checkpoints(folder):
+    """The complete checkpoints in a run's folder, the newest one last."""
     complete = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return max(complete, key=lambda path: int(path.name[11:]), default=None)
+    return sorted(complete, key=lambda path: int(path.name[11:]))
+
+def drop_checkpoints(folder, keep):
+    """Delete all but the newest checkpoints; with None, none."""
+    for path in checkpoints(folder)[:-keep] if keep else []:
+        shutil.rmtree(path.rename(path.with_suffix(".saving")))  # a kill leaves no half of one
+
 
 def load_checkpoint(folder, model, optimizer, scheduler):
     """Restore the newest checkpoint, drop later metrics -> (step, window); (0, {}) without one."""
-    path, trainer = once(newest_checkpoint, folder), {"step": 0, "window": {}}
-    if path is not None:
+    complete, trainer = once(checkpoints, folder), {"step": 0, "window": {}}
+    if complete:
+        path = complete[-1]
         from torch.distributed import checkpoint as dcp
         from torch.distributed.checkpoint import state_dict as sharded
         state = training_state(model, optimizer, scheduler, **trainer)  # the shapes to load into

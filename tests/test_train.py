@@ -31,7 +31,7 @@ METRICS = [
     "logps/rejected",
     "tokens_per_second",
 ]
-GUIDANCE = ["guidance/mean", "guidance/min", "guidance/max", "guidance/nonpositive"]
+GUIDANCE = ["dpo_loss", "guidance/mean", "guidance/min", "guidance/max", "guidance/nonpositive"]
 
 
 def curve(rows):
@@ -215,7 +215,7 @@ def test_guidance_metrics_leave_padding_out(bench, sign):
         for pair, (n, m) in zip(eight_pairs(), lengths)
     ]
     row = bench.train(dataset=write_rows(bench.folder / "own.jsonl", rows), alpha=0.5, max_steps=1)[0][0]
-    assert [row[name] for name in GUIDANCE] == pytest.approx([1 + 0.2 * sign] * 3 + [0])
+    assert [row[name] for name in GUIDANCE[1:]] == pytest.approx([1 + 0.2 * sign] * 3 + [0])
 
 
 def test_token_rewards_in_the_data_win_over_a_reward_model(bench, capsys):
@@ -414,7 +414,28 @@ def test_a_run_needs_no_git_and_minds_no_strange_checkpoint(bench, monkeypatch):
     rows, out = bench.train(loss="dpo", max_steps=2)
     assert json.loads((out / "run.json").read_text())["git_commit"] == ""
     (out / "checkpoint-best").mkdir()
-    assert tgdpo.newest_checkpoint(out) is None
+    assert tgdpo.checkpoints(out) == []
+
+
+def test_only_so_many_checkpoints_are_kept(bench):
+    rows, out = bench.train(loss="dpo", max_steps=13, save_steps=2, save_total_limit=2)
+    assert [path.name for path in tgdpo.checkpoints(out)] == ["checkpoint-10", "checkpoint-12"], "10 is newer than 8"
+    assert not list(out.glob("*.saving"))
+    tgdpo.record(out, finished=False)
+    again, _ = bench.train("--resume", out=out, loss="dpo", max_steps=13, save_steps=2, save_total_limit=1)
+    assert curve(again) == curve(rows), "another limit is no other run"
+
+
+def test_dpo_loss_is_the_loss_at_f_1_and_comparable_over_alpha(bench):
+    """At alpha 0 it is the loss; with any alpha it is what DPO's run of the same weights reports."""
+    options = dict(reward_model=bench.reward_model, eval_size=2, num_train_epochs=4)
+    rows, _ = bench.train(alpha=0.0, **options)
+    assert all(row["dpo_loss"] == pytest.approx(row["loss"], abs=1e-6) for row in rows)
+    _, out = bench.train(alpha=0.4, **options)
+    _, judged = bench.train(model_name_or_path=out, ref_model=bench.model, loss="dpo", eval_size=2, learning_rate=0)
+    (guided,), (plain,) = rows_of(out, evaluation=True), rows_of(judged, evaluation=True)
+    assert guided["eval_dpo_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
+    assert abs(guided["eval_loss"] - guided["eval_dpo_loss"]) > 1e-3
 
 
 def test_resume_may_change_what_is_only_reported(bench):
