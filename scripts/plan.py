@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a run needs, before a GPU is rented: memory on each GPU, floating-point operations, hours.
+"""What a run needs, before a GPU is rented: memory on each GPU, operations, weights that move, hours.
 
     python scripts/plan.py scripts/configs/llama3_8b_instruct_pairrm.yaml
     python scripts/plan.py scripts/configs/llama3_8b_instruct_pairrm.yaml --gpus 4 --gradient_checkpointing false
@@ -9,8 +9,8 @@ with one GPU too (plain python computes under autocast, which keeps more). Of th
 data and tokenizer are, for the lengths, if they are on this machine. Activations and operations are not guessed by a
 formula: the model is built without weights (torch's meta device), its blocks run forwards and backwards on tensors
 without content, and torch counts what autograd keeps and what would be multiplied. The rest is arithmetic on what
-section 8 of tgdpo.py does. scripts/fast.py takes less. It is an estimate all the same: allocator, NCCL and CUDA's own
-memory are allowed for by filling a GPU to 90 % only.
+section 8 of tgdpo.py does: what is sharded, what is gathered and how often. scripts/fast.py takes less. It is an
+estimate all the same: allocator, NCCL and CUDA's own memory are allowed for by filling a GPU to 90 % only.
 """
 import argparse
 import math
@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tgdpo
 
 GIB, USABLE = 2**30, 0.9
-Model = namedtuple("Model", "name weights block blocks rest hidden vocabulary")   # numbers of weights; rest: no block's
+# Numbers of weights, of blocks, ...; rest: the weights in no block.
+Model = namedtuple("Model", "name weights block blocks rest hidden vocabulary config")
 Cost = namedtuple("Cost", "activations one_block forward both")   # bytes kept, bytes of a block, operations
 
 
@@ -68,7 +69,7 @@ def describe(name, model):
     weights = sum(p.numel() for p in model.parameters())
     config = model.config.get_text_config()
     return Model(name, weights, max(sizes, default=0), len(blocks), weights - sum(sizes), config.hidden_size,
-                 config.vocab_size)
+                 config.vocab_size, model.config)
 
 
 @lru_cache
@@ -89,7 +90,7 @@ def measure_empty(name, dtype, recompute, sequences, tokens):
     counter = FlopCounterMode(display=False)
     with counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            out = tgdpo.decoder(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         forward = counter.get_total_flops()
         out.sum().backward()
     activations = sum(storage.nbytes() for storage in kept.values())
@@ -105,11 +106,16 @@ def costs(options, sequences, tokens):
     return about, cost
 
 
+def rows_at_once(options, about):
+    """Response tokens whose logits exist at one time."""
+    return tgdpo.logits_rows(about, torch.device("cpu" if options.device == "cpu" else "cuda"))
+
+
 def memory(options, about, cost, responses, shards):
     """Bytes on each GPU at the moment that takes most -> {stage: {part: bytes}}; responses is the number of response
     tokens in a micro-batch."""
     size, cast = (2, 4) if options.dtype == "bfloat16" else (4, 0)   # bytes of a logit, and of its copy in float32
-    logits = min(responses * about.vocabulary, tgdpo.LOGITS_BYTES // 4)
+    logits = about.vocabulary * min(responses, rows_at_once(options, about))
     forward, backward = (size + cast + 4) * logits, 3 * 4 * logits   # with the log-softmax; this and two gradients
     weights = 4 * about.weights / shards
     # Gathered: the rest, once; a block and the one after it, fetched ahead.
@@ -164,8 +170,57 @@ def of_a_pair(options, tokens, response):
     counted; the head takes 2 per weight and token forwards, 4 backwards, 2 again where log-probs come in chunks."""
     about, cost = costs(options, 2, tokens)
     head = 2 * 2 * response * about.hidden * about.vocabulary
-    chunks = 4 * 2 * options.per_device_train_batch_size * response * about.vocabulary > tgdpo.LOGITS_BYTES
+    chunks = 2 * options.per_device_train_batch_size * response > rows_at_once(options, about)
     return cost.forward + head, cost.both + (3 + chunks) * head
+
+
+def moved(options, about, trains, shards, machines):
+    """Bytes that come to each GPU, around a ring in which as many leave it -> (in a pass, at the end of a step).
+
+    FSDP2 gathers a block forwards and, in training, once more backwards, where gradient checkpointing finds it. The
+    rest is gathered once a pass; a frozen model keeps it. Each pass reduces its gradients, in float32. With --hsdp, on
+    several machines, their sums go from machine to machine at the end."""
+    size = 2 if options.dtype == "bfloat16" else 4
+    moves, end = size * (about.weights - about.rest), 0
+    if trains:
+        moves, end = 2 * moves + size * about.rest + 4 * about.weights, 2 * 4 * about.weights / shards
+    return moves * (1 - 1 / shards), end * (1 - 1 / machines)
+
+
+def a_step(options, plan, trains, tokens, response):
+    """What a step's pairs take -> (operations, seconds of computing, seconds of moving weights)."""
+    passes, shards, machines = options.gradient_accumulation_steps, plan.gpus, 1
+    if options.hsdp:
+        shards, machines = plan.gpus_per_machine, plan.gpus // plan.gpus_per_machine
+    in_pass, end = moved(options, costs(options, 2, tokens)[0], trains, shards, machines)
+    operations = plan.gpus * tgdpo.batch_size(options) * of_a_pair(options, tokens, response)[trains]
+    moving = passes * in_pass / ring(plan, shards) + end / (plan.network * 1e9)
+    return operations, operations / rate(plan), moving
+
+
+def rate(plan):
+    """Operations a second of all GPUs."""
+    return plan.gpus * plan.peak * 1e12 * plan.fraction
+
+
+def ring(plan, shards):
+    """Bytes a second to each GPU of those that share a model. Between machines all network cards serve at once."""
+    inside, between = plan.bandwidth, plan.gpus_per_machine * plan.network
+    return 1e9 * (min(inside, between) if shards > plan.gpus_per_machine else inside)
+
+
+def faster(options, plan, own_rewards, longest, shards, tokens, response):
+    """For a step that waits for weights: the least change of its passes that lets it compute -> a line for the user."""
+    pairs = tgdpo.batch_size(options)
+    for passes in range(options.gradient_accumulation_steps - 1, 0, -1):
+        size, rest = divmod(pairs, passes)
+        changed = tgdpo.replace(options, per_device_train_batch_size=size, gradient_accumulation_steps=passes)
+        _, computing, moving = a_step(changed, plan, True, tokens, response)
+        if not rest and moving <= computing:
+            return (f"Computing would bound it with --per_device_train_batch_size {size} and "
+                    f"--gradient_accumulation_steps {passes}, the same batch: "
+                    f"{most_bytes(changed, own_rewards, longest, shards) / GIB:.0f} GiB.")
+    return "No other split of the batch changes that; fewer GPUs or more pairs a step would."
 
 
 def parts_of(options, name, trains, tokens, shards):
@@ -212,6 +267,11 @@ def read_plan(argv):
                         "NVIDIA's figure for an H100 SXM in bfloat16 (half of the 1979 it gives with sparsity), "
                         "nvidia.com/en-us/data-center/h100")
     parser.add_argument("--fraction", type=float, default=0.4, help="of the peak that is reached")
+    parser.add_argument("--bandwidth", type=float, default=450, help="inside a machine, to each GPU, in GB/s; 450 is "
+                        "half of the 900 that NVIDIA gives for an H100's NVLink, both directions together (same page). "
+                        "Less is reached: 380 from one GPU to another in github.com/NVIDIA/nccl/issues/1264")
+    parser.add_argument("--network", type=float, default=50, help="between machines, for each GPU, in GB/s; 50 is a "
+                        "card of 400 Gb/s for each, as in NVIDIA's DGX H100")
     parser.add_argument("--pairs", type=int, default=60000, help="if the data is not here")
     parser.add_argument("--prompt_tokens", type=int, default=300, help="on average, if the data is not here")
     parser.add_argument("--response_tokens", type=int, default=400, help="on average, if the data is not here")
@@ -219,7 +279,8 @@ def read_plan(argv):
     for name, value in vars(plan).items():
         if not 0 < value < math.inf:
             raise tgdpo.InputError(f"--{name} is {value}; expected a number above 0")
-    options = tgdpo.read_options([*rest, "--device=cpu"])   # the file's is that of the machine to come
+    options = tgdpo.read_options([*rest, "--device=cpu"])   # this machine may have no other
+    options.device = "cuda"
     if not options.model_name_or_path:
         raise tgdpo.InputError("no --model_name_or_path; expected the model of the run that is planned")
     given = yaml.safe_load(Path(rest[0]).read_text(encoding="utf-8")) if not rest[0].startswith("-") else {}
@@ -280,16 +341,24 @@ def report(plan, options):
     epochs = math.ceil(options.num_train_epochs * math.ceil(pairs / batch))
     steps = options.max_steps if options.max_steps > 0 else epochs
     seen = pairs * steps / math.ceil(pairs / batch)   # the last step of an epoch may be smaller
-    speed, hours = plan.gpus * plan.peak * 1e12 * plan.fraction, 0
-    print(f"\noperations, recomputing included, and time at {100 * plan.fraction:g} % of the peak "
-          f"({speed:.2e} a second)")
+    hours = 0
+    print(f"\nhours of computing, recomputing included, at {100 * plan.fraction:g} % of the peak "
+          f"({rate(plan):.2e} a second)")
+    print(f"and of moving weights at {ring(plan, shards) / 1e9:g} GB/s to each GPU, of which less is reached")
+    print(" " * 22 + "".join(f"{name:>12}" for name in ("operations", "computing", "moving")))
     for stage, name, trains in stages_of(options, own_rewards):
-        forward, both = of_a_pair(tgdpo.replace(options, model_name_or_path=name), mean, response)
-        operations = both * seen if trains else forward * pairs
-        hours += operations / speed / 3600
-        step = f", {steps} steps of {both * batch:.2e}: {both * batch / speed:.1f} seconds" * trains
-        print(f"{stage:22}{operations:12.2e}{operations / speed / 3600:8.2f} hours{step}")
-    print(f"{'the whole run':22}{hours * 3600 * speed:12.2e}{hours:8.2f} hours")
+        own = tgdpo.replace(options, model_name_or_path=name)
+        operations, computing, moving = a_step(own, plan, trains, mean, response)
+        share = (seen if trains else pairs) / batch
+        hours += share * max(computing, moving) / 3600
+        print(f"{stage:22}{operations * share:12.2e}{computing * share / 3600:12.2f}{moving * share / 3600:12.2f}"
+              + f"   {steps} steps of {computing:.1f} and {moving:.1f} seconds" * trains)
+    print(f"the whole run: {hours:.2f} hours, since the two go on at the same time")
+    if moving <= computing:
+        print(f"Computing bounds a step; moving weights takes {100 * moving / computing:.0f} % of that time.")
+    else:
+        print(f"Moving weights bounds a step: it takes {moving / computing:.1f} times as long as computing.")
+        print(faster(options, plan, own_rewards, tokens, shards, mean, response))
     print("Held-out pairs, loading, saving and unequal lengths in a pass are not counted.")
 
 

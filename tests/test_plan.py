@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 import yaml
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tgdpo
 from conftest import ROOT, eight_pairs, make_model, write_rows
@@ -75,7 +78,7 @@ def test_the_papers_settings_and_the_verdicts_in_their_files(name, tmp_path, cap
 
 
 def test_the_plan_in_the_readme(tmp_path, capsys):
-    readme = (SCRIPTS.parent / "README.md").read_text()
+    readme = (SCRIPTS / "README.md").read_text()
     name, model = "llama3_8b_instruct_pairrm", "meta-llama/Meta-Llama-3-8B-Instruct"
     shown = readme.split(f"    $ python scripts/plan.py scripts/configs/{name}.yaml\n")[1].split("\nIt plans for")[0]
     here = configuration(tmp_path, PUBLISHED[name][0])
@@ -124,7 +127,10 @@ def test_memory_by_hand(tmp_path):
     # The log-softmax and two gradients; hidden states of the responses and their gradient.
     assert parts["train"]["log-probs"] == 3 * 4 * 40 * 96 + 2 * 2 * 40 * 64
     many = plan.memory(options, about, cost, 10**9, 4)["annotate"]["log-probs"]
-    assert many == (2 + 4 + 4) * (tgdpo.LOGITS_BYTES // 4)
+    rows = 8 * 2**27 // (4 * 96)  # on a GPU
+    assert many == (2 + 4 + 4) * rows * 96
+    on_cpu = tgdpo.replace(options, device="cpu")
+    assert plan.memory(on_cpu, about, cost, 10**9, 4)["annotate"]["log-probs"] == (2 + 4 + 4) * (2**27 // (4 * 96)) * 96
     assert plan.total(parts["train"]) > plan.total(parts["annotate"])
 
 
@@ -153,6 +159,119 @@ def test_operations_by_hand(tmp_path):
     assert 2.9 * forward < cost.both <= 3 * forward + 3 * 4 * 32 * 32 * 64
     _, again = plan.costs(tgdpo.Options(name, dtype="bfloat16", gradient_checkpointing=True), 2, 32)
     assert again.forward == forward and cost.both + 0.6 * forward < again.both <= cost.both + forward
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes, all ranks' together, that each kind of collective is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"allgather": 0, "reduce_scatter": 0, "allreduce": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for kind in self.bytes:
+            if function.namespace == "c10d" and kind in function.__name__:
+                tensors = [t for t in torch.utils._pytree.tree_leaves(args[:2]) if isinstance(t, torch.Tensor)]
+                self.bytes[kind] += max(t.nbytes for t in tensors)
+        return function(*args, **kwargs or {})
+
+
+@pytest.fixture
+def eight_ranks(monkeypatch):
+    """Rank 0 of eight, two machines of four, the others imagined: collectives do nothing."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    tgdpo.device_mesh.cache_clear()
+    yield
+    dist.destroy_process_group()
+    tgdpo.device_mesh.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(gradient_checkpointing=True), dict(hsdp=True), dict(dtype="float32")], ids=str
+)
+def test_what_moves_is_what_fsdp_moves(tmp_path, options, eight_ranks):
+    """A frozen model's second pass, and a step of two passes: a block is gathered forwards and backwards, checkpointing
+    or not, the rest once; gradients are reduced in float32 in each pass, across machines once a step."""
+    name = str(small(tmp_path))
+    options = tgdpo.Options(name, loss="simpo", device="cpu", **dict(dtype="bfloat16") | options)
+    about, _ = plan.costs(options, 2, 8)
+    config = transformers.AutoConfig.from_pretrained(name)
+    model = tgdpo.prepare_model(transformers.AutoModelForCausalLM.from_config(config), options)
+    tgdpo.shard(model, options)
+    batch = tgdpo.collate(dict(prompt_ids=[[1, 2]], chosen_ids=[[3, 4, 5]], rejected_ids=[[6]]), "cpu")
+    shards, machines = (4, 2) if options.hsdp else (8, 1)
+    with torch.no_grad():
+        model.token_logps(batch)
+        with Collectives() as frozen:
+            model.token_logps(batch)
+    with Collectives() as trained:
+        for n in (1, 2):
+            losses, _ = tgdpo.losses_and_totals(model, batch, options)
+            if options.hsdp:
+                model.set_requires_all_reduce(n == 2)
+            losses.sum().backward()
+    size = 2 if options.dtype == "bfloat16" else 4
+    blocks = 3 * about.block
+    assert frozen.bytes == {"allgather": size * blocks, "reduce_scatter": 0, "allreduce": 0}
+    # The first pass finds the rest gathered, by the frozen pass.
+    assert trained.bytes["allgather"] == size * (4 * blocks + about.rest)
+    assert trained.bytes["reduce_scatter"] == 2 * 4 * about.weights
+    assert trained.bytes["allreduce"] == options.hsdp * 4 * about.weights / shards
+    # Around a ring of n, all but an n-th of what is gathered comes to each GPU; of what is summed everywhere, twice.
+    of_frozen, _ = plan.moved(options, about, False, shards, machines)
+    in_pass, end = plan.moved(options, about, True, shards, machines)
+    others = 1 - 1 / shards
+    assert of_frozen == others * frozen.bytes["allgather"]
+    assert 2 * in_pass == others * (sum(trained.bytes.values()) - trained.bytes["allreduce"] + size * about.rest)
+    assert end == 2 * (1 - 1 / machines) * trained.bytes["allreduce"]
+
+
+def test_moving_weights_by_hand(tmp_path, capsys):
+    """Bytes over the slower of the two connections; one GPU has all weights, and waits for none."""
+    name = small(tmp_path)
+    flags = ["--model_name_or_path", name, "--dataset", "d", "--pairs", 128, "--peak", 1e-6, "--network", 1e-9]
+
+    def seconds(*argv):
+        out = planned(capsys, *flags, "--bandwidth", 4e-9, *argv)  # 4 bytes a second
+        return float(re.search(r"train: tgdpo .* steps of \S+ and (\S+) seconds", out)[1])
+
+    about, _ = plan.costs(tgdpo.Options(str(name), dtype="bfloat16"), 2, 8)
+    moves = 4 * 3 * about.block + 2 * about.rest + 4 * about.weights  # of a pass
+    assert seconds("--gpus", 1) == 0
+    assert seconds("--gpus", 4) == pytest.approx(moves * 3 / 4 / 4, abs=0.06)
+    assert seconds("--gpus", 4, "--gradient_accumulation_steps", 3) == pytest.approx(3 * moves * 3 / 4 / 4, abs=0.06)
+    assert seconds("--gpus", 4, "--per_device_train_batch_size", 8) == pytest.approx(moves * 3 / 4 / 4, abs=0.06)
+    # Two machines of two GPUs, with one card each: 2 bytes a second around the ring of 4; 1 with --hsdp, once a step.
+    two = ["--gpus", 4, "--gpus_per_machine", 2]
+    assert seconds(*two) == pytest.approx(moves * 3 / 4 / 2, abs=0.06)
+    once = 2 * 4 * about.weights / 2 / 2
+    assert seconds(*two, "--hsdp") == pytest.approx(moves / 2 / 4 + once, abs=0.06)
+    passes = ["--gradient_accumulation_steps", 3]
+    assert seconds(*two, "--hsdp", *passes) == pytest.approx(3 * moves / 2 / 4 + once, abs=0.06)
+
+
+def test_what_would_let_it_compute_does(tmp_path, capsys):
+    """The longer time counts; the split that is printed, followed: computing then bounds the step, the same step."""
+    flags = ["--model_name_or_path", small(tmp_path), "--dataset", "d", "--gpus", 4, "--peak", 0.01]
+    flags += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 5]
+    tried, step = [], r"a step: (\d+) pairs"
+    for bandwidth in (2e-5, 1.2e-4, 3.2e-4, 1):
+        out = planned(capsys, *flags, "--bandwidth", bandwidth)
+        times = [float(x) for x in re.search(r"train: tgdpo.* steps of (\S+) and (\S+) seconds", out).groups()]
+        hours = [[float(x) for x in row] for row in re.findall(r"^\w+: .*\de\+\d+ +(\S+) +(\S+)", out, re.M)]
+        whole = float(re.search(r"the whole run: (\S+) hours", out)[1])
+        assert len(hours) == 4 and whole == pytest.approx(sum(map(max, hours)), abs=0.021)
+        assert ("Computing bounds a step" in out) == (times[0] >= times[1])
+        remedy = re.search(r"bound it with (.*) and (.*), the same batch: (\d+) GiB", out)
+        if times[0] < times[1]:
+            assert ("No other split" in out) == (remedy is None)
+        if remedy:
+            again = planned(capsys, *flags, "--bandwidth", bandwidth, *" ".join(remedy.groups()[:2]).split())
+            assert "Computing bounds a step" in again and re.search(step, again)[0] == re.search(step, out)[0]
+            assert f"fits: {remedy[3]} of" in again
+        tried.append(remedy and int(remedy[2].split()[1]))
+    assert tried == [None, 1, 2, None]  # 3 or 4 passes would be of 10 pairs, too, but not of equally many
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2"])
