@@ -1282,7 +1282,9 @@ def make_folder(folder):
         os.makedirs(folder, exist_ok=True)
 
 def lock(folder):
-    """A context that keeps other processes out of a run's folder."""
+    """A context in which rank 0 keeps other runs out of a folder, which is made."""
+    if rank():
+        return nullcontext()
     make_folder(folder)
     with reading(f"--output_dir {folder}: another process is at work there, or it"):
         return filelock.FileLock(f"{folder}/run.lock").acquire(timeout=0)
@@ -1431,7 +1433,7 @@ def run(argv):
     else:
         once(show_decomposition)
         work = partial(run_small, options)
-    with nullcontext() if rank() else lock(options.output_dir):
+    with lock(options.output_dir):
         work()
     print(f"done: {options.output_dir}")
 

@@ -409,10 +409,12 @@ def main(argv):
             raise InputError(f"{os.environ['WORLD_SIZE']} processes; expected one: start rto.py without torchrun")
         options, base = read_options(argv)
         tgdpo.open_folder(Path(options.output_dir), options)
-        if options.model_name_or_path:
-            run(options, *read_prompts(options, base))
-        else:
-            run_tiny(options, base)
+        found = read_prompts(options, base) if options.model_name_or_path else None
+        with tgdpo.lock(options.output_dir):
+            if found:
+                run(options, *found)
+            else:
+                run_tiny(options, base)
         print(f"done: {options.output_dir}")
     return command(work)
 

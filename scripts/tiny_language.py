@@ -197,19 +197,32 @@ def tiny_report(options, tokenizer, found, prompts):
                                 for rows in (rhat, truth)])
     print(f"r̂ and the true token rewards: correlation {correlation:.3f}, AUC {auc:.3f}")
     tgdpo.once(tgdpo.record, Path(options.output_dir), table=table, correlation=correlation, AUC=auc)
-    print("\nresponses, with the r̂ of their tokens")
+    print(f"\nresponses and the r̂ of their tokens: {paint('above 0', 1.0)}, {paint('below 0', -1.0)}")
     for k in range(min(2, len(prompts))):
+        print(tokenizer.decode(prompts[k]))
         for name in found:
-            print(f"{name:14}", *map(paint, tokenizer.convert_ids_to_tokens(draws[name][k]), rhat[name][k]))
+            words = map(paint, tokenizer.convert_ids_to_tokens(draws[name][k]), rhat[name][k])
+            cut = "" if draws[name][k][-1] == tokenizer.eos_token_id else f"... (cut at {len(draws[name][k])} tokens)"
+            print(f"{name:14}", *words, cut)
+    print_differences(table)
 
 
 def print_table(table, columns, prompts):
-    """Means and half intervals, a line for each model."""
+    """Means and half intervals: a line for each measure, a column for each model. Four models take 80 characters."""
     print(f"\n{prompts} fresh prompts, means ± half of the 95 % interval")
-    print(" " * 14 + "".join(f"{column:>{max(17, len(column) + 3)}}" for column in columns))
-    for name, row in table.items():
-        cells = [f"{row[column][0]:.2f} ± {row[column][1]:.2f}" if column in row else "" for column in columns]
-        print(f"{name:14}" + "".join(f"{cell:>{max(17, len(column) + 3)}}" for column, cell in zip(columns, cells)))
+    print(" " * 20 + "".join(f"{name:>15}" for name in table))
+    for column in columns:
+        cells = [f"{row[column][0]:.2f} ± {row[column][1]:.2f}" if column in row else "" for row in table.values()]
+        print(f"{column:20}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def print_differences(table):
+    """What each method has more of than DPO, in a sentence."""
+    dpo = table.get("dpo", table.get("reward model"))
+    for name, row in table.items() if dpo else ():
+        if row is not dpo and name != "reference":
+            times = f", at {row['KL'][0] / dpo['KL'][0]:.1f} times its KL" if dpo["KL"][0] > 0.1 else ""
+            print(f"{name}: {row['true reward'][0] - dpo['true reward'][0]:+.2f} true reward against DPO{times}")
 
 
 # -------------------------------------------------------------------------------------------------- the command line
@@ -227,20 +240,21 @@ def run(options):
     folder = Path(options.output_dir)
     start, file = folder / "start_model", folder / "pairs.jsonl"
     tgdpo.once(tgdpo.open_folder, folder, options)
-    tokenizer, pairs, counts, prompts = tgdpo.once(tiny_data, options, start, file)
-    options = replace(options, model_name_or_path=str(start), dataset=str(file))
-    tgdpo.reward_then_train(options, tokenizer, pairs, counts)
-    found = {"reference": options.ref_model or str(start)}
-    if options.loss in tgdpo.NO_REWARDS:
-        found[options.loss] = options.output_dir
-    else:
-        judge = "reward model" if options.reward_model else "dpo"
-        truth = [tiny_truth(tokenizer, pairs["prompt_ids"], pairs[side]) for side in tgdpo.IDS]
-        stage = replace(options, output_dir=str(folder / "true_rewards"))
-        tgdpo.reward_then_train(stage, tokenizer, tgdpo.add_columns(pairs, "rewards", truth), counts)
-        found |= {judge: options.reward_model or str(folder / "reward_model"), options.loss: options.output_dir,
-                  f"{options.loss}, truth": stage.output_dir}
-    tiny_report(options, tokenizer, found, prompts)
+    with tgdpo.lock(folder):
+        tokenizer, pairs, counts, prompts = tgdpo.once(tiny_data, options, start, file)
+        options = replace(options, model_name_or_path=str(start), dataset=str(file))
+        tgdpo.reward_then_train(options, tokenizer, pairs, counts)
+        found = {"reference": options.ref_model or str(start)}
+        if options.loss in tgdpo.NO_REWARDS:
+            found[options.loss] = options.output_dir
+        else:
+            judge = "reward model" if options.reward_model else "dpo"
+            truth = [tiny_truth(tokenizer, pairs["prompt_ids"], pairs[side]) for side in tgdpo.IDS]
+            stage = replace(options, output_dir=str(folder / "true_rewards"))
+            tgdpo.reward_then_train(stage, tokenizer, tgdpo.add_columns(pairs, "rewards", truth), counts)
+            found |= {judge: options.reward_model or str(folder / "reward_model"), options.loss: options.output_dir,
+                      f"{options.loss}, truth": stage.output_dir}
+        tiny_report(options, tokenizer, found, prompts)
     print(f"done: {folder}")
 
 

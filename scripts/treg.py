@@ -128,6 +128,12 @@ def tiny(argv):
     options = tiny_language.read_options(["--alpha=0.25", *argv])
     folder = Path(options.output_dir)
     tgdpo.open_folder(folder, options)
+    with tgdpo.lock(folder):
+        tiny_run(options, folder)
+
+
+def tiny_run(options, folder):
+    """Its work, in a folder of its own."""
     start, file = folder / "start_model", folder / "pairs.jsonl"
     tokenizer = tiny_language.tiny_tokenizer(options.max_length)
     prefixed_language_model(tokenizer, options, start)

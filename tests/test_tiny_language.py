@@ -157,7 +157,11 @@ def test_from_nothing_to_a_table(small, tmp_path, capsys):
     assert run["table"]["reference"]["wins over reference"] == [0.5, 0.0]
     assert -1 <= run["correlation"] <= 1 and 0 <= run["AUC"] <= 1
     text = capsys.readouterr().out
-    assert "correlation" in text and text.count("tgdpo, truth") == 3
+    table = text.split("fresh prompts")[1].split("correlation")[0]
+    assert max(map(len, table.split("\n"))) <= 80
+    assert text.count("\ntgdpo, truth") == 3 and text.count("\ndescribe the ") == 2, "two prompts, with all responses"
+    dpo, guided = run["table"]["dpo"], run["table"]["tgdpo"]
+    assert f"\ntgdpo: {guided['true reward'][0] - dpo['true reward'][0]:+.2f} true reward against DPO" in text
     assert rows_of(out) and rows_of(out / "reward_model") and rows_of(out / "true_rewards")
     # a kill before the last stage: --resume keeps what is there and ends with the same table
     (out / "run.json").write_text(json.dumps(run | {"finished": False}))
@@ -209,6 +213,19 @@ def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "reference      the[+1.0] cat[+1.0] is[+1.0] good[+1.6] .[+1.0] <eos>[+1.0]" in text
     assert "2.15 ± 2.29" in text
+    assert "\ndpo            cat[+1.0] ... (cut at 1 tokens)\n" in text, "no end token"
+    assert "r̂ of their tokens: above 0[+1.0], below 0[-1.0]" in text
+
+
+def test_what_each_method_has_more_of_than_dpo(capsys):
+    rows = {"reference": (0.0, 0.0), "dpo": (2.0, 2.5), "tgdpo": (5.0, 2.2), "tgdpo, truth": (3.0, 3.25)}
+    table = {name: {"KL": [kl, 0.1], "true reward": [reward, 0.1]} for name, (kl, reward) in rows.items()}
+    tiny_language.print_differences(table)
+    want = ["tgdpo: -0.30 true reward against DPO, at 2.5 times its KL"]
+    want.append("tgdpo, truth: +0.75 true reward against DPO, at 1.5 times its KL")
+    assert capsys.readouterr().out.splitlines() == want
+    tiny_language.print_differences({"reference": table["reference"]})
+    assert capsys.readouterr().out == ""
 
 
 def test_its_own_defaults_and_steps_and_nothing_of_yours(tmp_path, monkeypatch, capsys):
