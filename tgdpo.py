@@ -331,7 +331,7 @@ def annotate(pairs, column, name, options):
         logps = frozen_logps(name, pairs, options, f"annotate: {column}")
         once(write_annotation, file, logps)
     else:
-        print(f"{column} from the cache: {file}")
+        print(f"{column} from the cache in {options.cache_dir}")
     return add_columns(pairs, column, logps)
 
 def add_token_rewards(pairs, beta):
@@ -810,7 +810,8 @@ def show_decomposition():
     missed = (implicit_reward(guided, ref, 1.0, f_w, guided_Z[:, None]) - reward).abs().max()
     phi, delta = [x[3, 4] for x in phi_and_delta(alone, ref, log_Z, 1.0, 1.0, 1.0, language)]
     ahead = (best_y - ref_y)[3] - (best_y - ref_y)[4]  # φ of the optimum for the same pair
-    print(f"""The decomposition in numbers. Words: not, bad, full stop; "not bad" earns 2, "bad" -1.
+    print(f"""The decomposition in numbers. A language of three words: not, bad, full stop;
+"not bad" earns 2, "bad" alone -1; beta is 1.
 (1b)   sequence-level PPO: J is {J_ref:.3f} for the reference, at most {best:.3f}
 (4.1)  Theorem 4.1, the best of each step added up: {best:.3f} <= {bound:.3f}
 (4b)   the same over the reference's states: {fixed:.3f}, below max J: no bound
@@ -863,6 +864,8 @@ def run_small(options):
     """Pairs, a DPO model, TGDPO with its r̂ and with the true rewards; then J of each, exactly."""
     folder, beta = Path(options.output_dir), options.beta
     start, file = folder / "start_model", folder / "pairs.jsonl"
+    print(f"Now a tiny GPT-2 learns from {TINY_PAIRS} pairs of responses of this language, in\n"
+          "half a minute on 2 cores. The table at the end says how near to max J it comes.\n")
     tokenizer, pairs, counts = once(small_data, options, start, file)
     options = replace(options, model_name_or_path=str(start), dataset=str(file))
     reward_then_train(options, tokenizer, pairs, counts)
@@ -875,7 +878,6 @@ def run_small(options):
         found["reward model"] = options.reward_model or str(folder / "reward_model")
         found[f"{options.loss}, true r"] = stage.output_dir
     policies = {name: small_policy(path, tokenizer, options) for name, path in found.items()}
-    print("judge: all 7 responses of each model are listed, so that J is exact")
     policies["each state alone"], _ = closed_form_policy(SMALL_REF, SMALL_REWARD, beta)
     table, columns = {}, ("J", "reward", "KL", '"not bad"')
     for name, policy in policies.items():
@@ -888,7 +890,7 @@ def run_small(options):
     for name, row in table.items():
         print(f"{name:18}", *[f"{value:10.3f}" for value in row])
     best = max(found, key=lambda name: table[name][0])
-    print(f"J is reward - beta KL. Of the models, {best} is nearest to the optimum: "
+    print(f"J is reward - beta KL. Nearest to the optimum is the model \"{best}\":\n"
           f"{table['optimum'][0] - table[best][0]:.3f} below it.")
     once(record, folder, table=table)
 

@@ -158,7 +158,8 @@ def test_the_table_against_sums_over_the_seven_responses(tmp_path, monkeypatch, 
     line = next(line for line in text.splitlines() if line.startswith("tgdpo "))
     assert [float(x) for x in line.split()[1:]] == [round(x, 3) for x in table["tgdpo"]]
     nearest = max(folders, key=lambda name: table[name][0])
-    assert f"{nearest} is nearest to the optimum: {best(beta) - table[nearest][0]:.3f} below" in text
+    assert f'the model "{nearest}":\n{best(beta) - table[nearest][0]:.3f} below it.' in text
+    assert max(map(len, text.replace(str(tmp_path), "runs").splitlines())) <= 80, "a terminal's width"
     assert rows_of(out) and rows_of(out / "reward_model") and rows_of(out / "true_rewards")
     # resumed, it ends with the same
     (out / "run.json").write_text(json.dumps(run | {"finished": False}))
