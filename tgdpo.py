@@ -490,7 +490,7 @@ class Options:
     dataset_split: str = option("train", "split of a hub data set or of a saved DatasetDict")
     loss: str = option("tgdpo", "the loss", choices=LOSSES)
     beta: Positive = option(0.1, "pull towards the reference; SimPO: scale of the mean log-prob")
-    alpha: NotNegative = option(0.5, "weight of the token rewards in f = 1 +- alpha rhat; 0: DPO")
+    alpha: NotNegative = option(0.5, "f = 1 +- alpha rhat; 0: DPO, 0.5: rhat as much as labels")
     reward_beta: Positive | None = option(None, "beta in rhat and for its DPO model; none: beta")
     gamma: Annotated[float, "a number", math.isfinite] = option(0.5, "SimPO: target margin")
     guidance_floor: Positive | None = option(None, "smallest value of f; none: not bounded")

@@ -11,6 +11,7 @@
 columns are [chosen, rejected], each a list with one list of numbers for each pair: what tgdpo.add_columns takes.
 """
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -31,11 +32,13 @@ def strict(parser):
     return parser
 
 
-def command(work):
+def command(work, torchrun=False):
     """Run what a companion does -> exit status: 0; 2 for input that cannot be used; 1 for a run that broke off; 130 for
-    Ctrl-C; each but 0 with one line that says why."""
+    Ctrl-C; each but 0 with one line that says why. torchrun: whether it may start several processes."""
     tgdpo.quiet()
     try:
+        count, name = int(os.environ.get("WORLD_SIZE", 1)), Path(sys.argv[0]).name
+        tgdpo.need(torchrun or count == 1, f"{count} processes; expected one: start {name} without torchrun")
         work()
         return 0
     except tgdpo.InputError as e:

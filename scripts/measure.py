@@ -110,7 +110,7 @@ def main(argv):
     parser.add_argument("--peak", type=float, default=989, help="as in plan.py")
     own, rest = parser.parse_known_args(argv)
     transformers.logging.disable_progress_bar()
-    return command(lambda: report(own, tgdpo.once(tgdpo.read_options, rest)))
+    return command(lambda: report(own, tgdpo.once(tgdpo.read_options, rest)), torchrun=True)
 
 
 def report(own, options):

@@ -405,8 +405,6 @@ def run_tiny(options, base):
 def main(argv):
     """The command line -> exit status."""
     def work():
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError(f"{os.environ['WORLD_SIZE']} processes; expected one: start rto.py without torchrun")
         options, base = read_options(argv)
         tgdpo.open_folder(Path(options.output_dir), options)
         found = read_prompts(options, base) if options.model_name_or_path else None

@@ -13,6 +13,9 @@ tgdpo.py's. Then, in this order:
     --centre         less its mean under the reference in each state (log_ratio only), (10c)
     --keep SHARE     0 but for this share of the tokens, those with the largest |r̂|
     --scale          divided by its root mean square, so that one alpha means the same for every data set
+
+A frozen weight w >= 0 of your own for each token, as other papers have, becomes such columns, too: (w - 1) / alpha as
+chosen_rewards and (1 - w) / alpha as rejected_rewards make f = w on both sides, at that --alpha.
 """
 import argparse
 import sys

@@ -260,3 +260,20 @@ def test_token_rewards_from_the_command_line(bench, capsys):
     argv = [*common, rm, "--source=classifier", f"--output={bench.folder / 'n.jsonl'}"]
     assert token_rewards.main(argv) == 2, "a language model is no classifier"
     assert "expected a token classifier with one label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [token_rewards, treg])
+def test_several_processes_would_all_write_one_file(bench, script, monkeypatch, capsys):
+    """Under torchrun these ones say so; they do not write half of it twice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = bench.folder / "out.jsonl"
+    argv = ["annotate"] if script is treg else ["--source=log_ratio"]
+    assert script.main([*argv, *bench.argv(), f"--output={output}"]) == 2
+    assert "2 processes; expected one" in capsys.readouterr().err and not output.exists()
+
+
+def test_a_frozen_weight_is_a_token_reward():
+    """f = w on both sides, as the docstring of token_rewards.py says."""
+    w, alpha = torch.tensor([0.0, 0.4, 1.0, 3.0]), 0.3
+    torch.testing.assert_close(tgdpo.guidance((w - 1) / alpha, alpha, +1), w)
+    torch.testing.assert_close(tgdpo.guidance((1 - w) / alpha, alpha, -1), w)
