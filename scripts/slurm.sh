@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several machines under Slurm: one torchrun on each, which starts a process for each GPU.
-#   sbatch --nodes 2 scripts/slurm.sh scripts/configs/llama3_8b_instruct_pairrm.yaml --gradient_accumulation_steps 8 --hsdp \
+#   sbatch --nodes 2 scripts/slurm.sh scripts/configs/llama3_8b_instruct_pairrm.yaml --gradient_accumulation_steps 2 --hsdp \
 #       --output_dir /shared/runs/first --cache_dir /shared/cache
 # After a failure the same line with --resume at its end continues from the newest checkpoint (--save_steps).
 #SBATCH --job-name tgdpo

@@ -5,7 +5,7 @@
     python tgdpo.py --model_name_or_path tiny --dataset pairs.jsonl --max_length 256
 
 The tokenizer is a byte-level BPE with a chat template. The model has two layers of width 128. It reads
-prompt and response of both sides for --steps steps, which takes seconds. It is no chat model.
+prompt and response of both sides for --steps steps, which takes a minute or two. It is no chat model.
 """
 import argparse
 import sys
