@@ -311,7 +311,7 @@ def frozen_logps(name, pairs, options, title):
     for rows, _ in tqdm(microbatches(pairs, options), desc=title, disable=rank() > 0 or None):
         columns = pairs[rows]
         logps = iter(model.token_logps(collate(columns, model.device)).cpu().numpy())  # (N, R)
-        for side in sides:
+        for side in sides:  # the chosen responses come first
             mine |= {(side, row): next(logps)[:len(ids)] for row, ids in zip(rows, columns[side])}
     every = {place: values for share in gather(mine) for place, values in share.items()}
     for (_, row), values in every.items():

@@ -5,6 +5,7 @@
     python scripts/exercises.py make student.py          a copy of tgdpo.py in which these functions are blank
     python scripts/exercises.py make student.py guidance tgdpo_loss                     ... only these
     python scripts/exercises.py check student.py         grade it: a table, with the slip that a wrong result looks like
+    python student.py                                    train with your own functions: is your loss near the optimum?
     TGDPO_UNDER_TEST=student.py pytest tests -m exercises                               the same, in pytest's words
     python scripts/exercises.py questions                open questions for a report, with their commands
 
@@ -13,6 +14,7 @@ behind it the loss of scripts/treg.py. `check tgdpo.py` grades the reference. Ne
 """
 import ast
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -72,10 +74,10 @@ EXERCISES = [   # in the order of derivation.md; the closed form is the lemma of
     Exercise("implicit_reward", "(4.3c), (8a)", 1, 5, "derivation.md, sections 3 and 6", """
         Solve (4.3a) for r. It must also take plain numbers: training calls it token by token."""),
     Exercise("guidance", "(8b)", 1, 10, "derivation.md, section 8", """
-        One line and the floor. side is +1, -1, or a tensor of these that broadcasts."""),
+        One line and the floor. side is +1 or -1; the line needs no if."""),
     Exercise("tgdpo_loss", "(4.4a), (8c)", 3, 25, "derivation.md, sections 7 and 8; guidance", """
         Call guidance. All that is 0 on padding stays 0, so sums need no mask. Which of the inputs may have a gradient?
-        F.logsigmoid does not overflow where log(sigmoid) does."""),
+        log(sigmoid(φ)) is no number where a pair is very wrong; F.logsigmoid is."""),
     Exercise("treg_loss", "(9a), (9c)", 3, 20, "derivation.md, section 9", """
         All tensors (B, T), as in tgdpo_loss. Its gradient must be TGDPO's times one positive number for each pair: that
         fixes both signs, and what is detached."""),
@@ -102,6 +104,12 @@ def blank(source, node, exercise):
     return "\n".join([*head, f'    """{text}', '    """', missing, *lines[node.end_lineno:]])
 
 
+HEADER = """\
+# Grade it:             python scripts/exercises.py check FILE    (FILE is this one)
+# Train with your loss: python FILE    The tiny training of tgdpo.py, half a minute, by the functions that stand here.
+#                                      How near does your loss come to the optimum, the last line of its table?"""
+
+
 def student_source(functions):
     """The text of a student's copy, with these functions blank; with none it is the solution."""
     sources = {file: (ROOT / file).read_text(encoding="utf-8") for file in ["tgdpo.py", *BORROWED]}
@@ -113,12 +121,22 @@ def student_source(functions):
         parts[-1] += "\n" + "\n\n\n".join(ast.get_source_segment(sources[file], find(sources[file], name))
                                           for name in names)
     source = "\n\n\n".join([*parts, start + after])
+    # Log-probs that a wrong token_logps gave must not be found again, by tgdpo.py or by a later version of the copy.
+    source = source.replace('option("~/.cache/tgdpo",',
+                            'option(f"~/.cache/tgdpo-student/{os.stat(__file__).st_mtime_ns}",\n       ')
     shebang, rest = source.split("\n", 1)
-    source = f"{shebang}\n# A student's copy of tgdpo.py; grade it with: python scripts/exercises.py check FILE\n{rest}"
+    names = textwrap.fill("To write: " + ", ".join(functions), 110, initial_indent="# ", subsequent_indent="#   ")
+    source = "\n".join([shebang, "# A student's copy of tgdpo.py.", *[names] * bool(functions), HEADER, rest])
     chosen = [(find(source, e.function), e) for e in EXERCISES if e.function in functions]
     for node, exercise in sorted(chosen, key=lambda pair: -pair[0].lineno):   # from below: lines above stay in place
         source = blank(source, node, exercise)
     return source
+
+
+def to_write(file):
+    """The functions that were blank in a student's copy; all of them where the file does not say."""
+    found = re.search(r"^# To write: (.*(?:\n#   .*)*)", Path(file).read_text(encoding="utf-8"), re.M)
+    return re.findall(r"\w+", found[1]) if found else [exercise.function for exercise in EXERCISES]
 
 
 def make(file, functions):
@@ -126,14 +144,16 @@ def make(file, functions):
     known = [exercise.function for exercise in EXERCISES]
     if unknown := [name for name in functions if name not in known]:
         raise InputError(f"no exercise is called {unknown[0]}; expected some of {', '.join(known)}")
-    source = student_source(functions or known)
+    functions = [*dict.fromkeys(functions)] or known
+    source = student_source(functions)
     with tgdpo.reading(f"{file}"):
         try:
             with open(file, "x", encoding="utf-8") as stream:
                 stream.write(source)
         except FileExistsError:
             raise InputError(f"{file} is there already and stays as it is; expected the name of a new file") from None
-    print(f"{file}: {len(functions or known)} to write; then: python scripts/exercises.py check {shlex.quote(file)}")
+    print(f"{file}: {len(functions)} to write; then: python scripts/exercises.py check {shlex.quote(file)}\n"
+          f"When all pass, train with your own loss: python {shlex.quote(file)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the grading
@@ -151,7 +171,7 @@ def load(path):
 
 
 class Grades:
-    """A pytest plugin: {function: [first line of what went wrong, or None, for each test]}."""
+    """A pytest plugin: {function: [first line of what went wrong, or "note: ...", or None, for each test]}."""
 
     def __init__(self):
         self.found = {exercise.function: [] for exercise in EXERCISES}
@@ -161,7 +181,7 @@ class Grades:
         function = item.get_closest_marker("exercises").args[0]
         if call.excinfo:
             kind, text = call.excinfo.typename, (str(call.excinfo.value).splitlines() or [""])[0]
-            self.found[function].append(text if kind in ("AssertionError", "Failed") else f"{kind}: {text}")
+            self.found[function].append(text if kind in ("AssertionError", "Failed", "XFailed") else f"{kind}: {text}")
         elif call.when == "call":
             self.found[function].append(None)
 
@@ -184,17 +204,21 @@ def grade(file):
 
 
 def check(file):
-    """The command `check` -> whether all is right."""
-    found, passed = grade(file), 0
+    """The command `check` -> whether all is right. What was given is only shown where it has become wrong."""
+    found, mine, passed, right = grade(file), to_write(file), 0, True
     print(f"{'exercise':24}{'tag':16}{'difficulty':>10}{'minutes':>9}  {'result':9}first message")
     for e in EXERCISES:
-        wrong = [text for text in found[e.function] if text is not None]
+        said = [text for text in found[e.function] if text is not None]
+        wrong, given = [text for text in said if not text.startswith("note: ")], e.function not in mine
+        if given and not wrong:
+            continue
         result = "passed" if not wrong else "not yet" if "not written yet" in wrong[0] else "failed"
-        passed += not wrong
+        passed, right = passed + (not wrong), right and not wrong
         row = f"{e.function:24}{e.tags:16}{e.difficulty:10}{e.minutes:9}  {result:9}"
-        print((row + (wrong[0] if wrong else "")).rstrip())
-    print(f"{passed} of {len(EXERCISES)} passed")
-    return passed == len(EXERCISES)
+        row += "given; it calls one of yours, or was changed: " * given
+        print((row + (wrong or said or [""])[0]).rstrip())
+    print(f"{passed} of {len(mine)} passed")
+    return right
 
 
 # ------------------------------------------------------------------------------------------------------- the questions

@@ -7,6 +7,7 @@ message can say which of them it is. The last section plants each slip in a solv
 
 import ast
 import itertools
+import json
 import math
 import os
 import random
@@ -91,6 +92,15 @@ def expect(got, want, otherwise, slips={}, tolerance=1e-6):
         many = f" ({len(got)} numbers came, expected {len(want)})" * (len(got) != len(want))
         show = [", ".join(f"{x:.6g}" for x in some[:8]) for some in (got, want)]
         pytest.fail(f"{(near or [otherwise])[0]}{many}\ngot       {show[0]}\nexpected  {show[1]}", pytrace=False)
+
+
+def expect_minus_phi(loss, logps):
+    """At φ = -200, in float32 as in training, -log σ(φ) = 200 and its gradient at φ is -1; logps has a slope of -1."""
+    __tracebackhide__ = True
+    slips = {"log(sigmoid(φ)) or log(1 + exp(-φ)) is infinite where φ = -200: F.logsigmoid(φ) is not": [math.inf]}
+    expect(loss, [200.0], "where φ = -200 the loss must be 200; is there an epsilon in the log?", slips)
+    loss.sum().backward()
+    expect(logps.grad, [-1.0], "where φ = -200 the gradient at φ must be -1: F.logsigmoid(φ) does it")
 
 
 def f64(values, **kwargs):
@@ -325,6 +335,15 @@ def test_simpo_scores_have_no_gradient(graded):
     expect([x.grad for x in logps], [-0.5, -0.5, 0.5, 0.5], "the gradient at a token is not σ(-φ) β / |y|")
 
 
+@pytest.mark.exercises("simpo_loss")
+def test_simpo_of_a_pair_that_is_very_wrong(graded):
+    """(3d), β 1, γ 0: the chosen token has -300, the rejected one -100, so φ = -200."""
+    chosen, rejected = torch.tensor([[-300.0]], requires_grad=True), torch.tensor([[-100.0]])
+    mask = torch.tensor([[True]])
+    loss = graded.simpo_loss(chosen, rejected, mask, mask, beta=1.0, gamma=0.0)[0]
+    expect_minus_phi(loss, chosen)
+
+
 # ----------------------------------------------------------------------------- sequence-level PPO and Theorem 4.1
 class Language:
     """Responses of at most `steps` tokens, states in the order of a heap; everything below by sums over responses.
@@ -484,27 +503,42 @@ def test_reward_of_tables(graded):
 @pytest.mark.exercises("guidance")
 def test_guidance_of_both_sides(graded):
     """(8b): α 1/2, r̂ -3 0 1: f_w = -1/2 1 3/2, f_l = 5/2 1 1/2."""
-    r = f64([-3.0, 0.0, 1.0])
-    both = {+1: [-0.5, 1.0, 1.5], -1: [2.5, 1.0, 0.5]}
-    for side, name in ((+1, "f_w"), (-1, "f_l")):
-        slips = {
-            "f_w and f_l look swapped, or alpha has the wrong sign: f_w = 1 + α r̂, f_l = 1 - α r̂": both[-side],
-            "alpha looks forgotten": [1 + side * x for x in (-3.0, 0.0, 1.0)],
-            "alpha looks squared": [1 + side * 0.25 * x for x in (-3.0, 0.0, 1.0)],
-            "the 1 looks forgotten: without rewards f is 1, which is DPO": [side * 0.5 * x for x in (-3.0, 0.0, 1.0)],
-            "f looks like 1 whatever the reward": [1.0] * 3,
-        }
-        expect(graded.guidance(r, 0.5, side), both[side], f"{name} is not 1 {'+' if side > 0 else '-'} α r̂", slips)
+    r, f_w, f_l = [-3.0, 0.0, 1.0], [-0.5, 1.0, 1.5], [2.5, 1.0, 0.5]
+    slips = {
+        "f_w and f_l look swapped, or alpha has the wrong sign: f_w = 1 + α r̂, f_l = 1 - α r̂": [f_l, f_w],
+        "side looks ignored: f_w is right, but the rejected response has f_l = 1 - α r̂": [f_w, f_w],
+        "side looks ignored: f_l is right, but the chosen response has f_w = 1 + α r̂": [f_l, f_l],
+        "alpha looks forgotten": [[1 + side * x for x in r] for side in (1, -1)],
+        "alpha looks squared": [[1 + side * 0.25 * x for x in r] for side in (1, -1)],
+        "the 1 looks forgotten: without rewards f is 1, which is DPO": [[s * 0.5 * x for x in r] for s in (1, -1)],
+        "f looks like 1 whatever the reward": [1.0] * 6,
+    }
+    got = [graded.guidance(f64(r), 0.5, side) for side in (+1, -1)]
+    expect(got, [f_w, f_l], "f is not 1 + side * α r̂ for side = +1 and -1", slips)
 
 
 @pytest.mark.exercises("guidance")
-def test_guidance_with_a_floor_and_with_a_tensor_of_sides(graded):
+def test_guidance_with_a_floor(graded):
     r = f64([-3.0, 0.0, 1.0])
     slips = {"the floor is not applied": [-0.5, 1.0, 1.5], "the floor is a ceiling: clamp(min=)": [-0.5, 0.1, 0.1]}
     slips |= {"the floor bounds r̂; it bounds f": [1.05, 1.05, 1.5]}
     expect(graded.guidance(r, 0.5, +1, 0.1), [0.1, 1.0, 1.5], "f is not kept at or above the floor", slips)
-    got = graded.guidance(r.expand(2, 3), 0.5, f64([[1.0], [-1.0]]))
-    expect(got, [-0.5, 1.0, 1.5, 2.5, 1.0, 0.5], "side may be a tensor that broadcasts, as `forward` gives it")
+    slips = {"the floor bounds the chosen side only": [2.5, 1.0, 0.5]}
+    expect(graded.guidance(r, 0.5, -1, 0.7), [2.5, 1.0, 0.7], "f_l is not kept at or above the floor", slips)
+
+
+@pytest.mark.exercises("guidance")
+def test_guidance_needs_no_if(graded):
+    """What branches on side cannot take a tensor of sides. That is no mistake, only longer: a note, and it passes."""
+    try:
+        got = graded.guidance(f64([[-3.0, 0.0, 1.0]] * 2), 0.5, f64([[1.0], [-1.0]]))
+        right = numbers(got) == pytest.approx([-0.5, 1.0, 1.5, 2.5, 1.0, 0.5])
+    except pytest.fail.Exception:   # not written yet
+        raise
+    except Exception:   # an if of a tensor, a dictionary of sides, ...
+        right = False
+    if not right:
+        pytest.xfail("note: right on both sides; 1 + side * alpha * rhat is the same without an if")
 
 
 # ------------------------------------------------------------------------------------------------------- the losses
@@ -604,6 +638,14 @@ def test_tgdpo_has_one_loss_for_each_pair_and_a_floor(graded):
     expect(phis(floored), 0.25, "the floor does not bound f", slips)
 
 
+@pytest.mark.exercises("tgdpo_loss")
+def test_tgdpo_of_a_pair_that_is_very_wrong(graded):
+    """β 1, r̂ 0: one token each, ℓ -200 and 0, so φ = -200."""
+    chosen, zero = torch.tensor([[-200.0]], requires_grad=True), torch.zeros(1, 1)
+    loss = graded.tgdpo_loss(chosen, zero, zero, zero, zero, zero, beta=1.0, alpha=0.5)[0]
+    expect_minus_phi(loss, chosen)
+
+
 @pytest.mark.exercises("treg_loss")
 def test_treg_value_of_one_pair(graded):
     """(9a): β .1, α 1/2. φ_DPO = .1 (3 - .5) = .25, w = σ(-.25); Σ r l = -1.6 over y_w and .7 over y_l, so
@@ -655,6 +697,14 @@ def test_treg_gradient_is_tgdpos_times_one_number(graded):
         "w has a gradient and alone, or the regulariser has none: this is DPO's": force(lambda r: 1, lambda r: 1),
     }
     expect(got, force(up, down), "the gradient is not TGDPO's times σ(-φ_DPO) / σ(-φ)", slips, 1e-9)
+
+
+@pytest.mark.exercises("treg_loss")
+def test_treg_of_a_pair_that_is_very_wrong(graded):
+    """As above: where r̂ = 0 the loss is DPO's."""
+    chosen, zero = torch.tensor([[-200.0]], requires_grad=True), torch.zeros(1, 1)
+    loss = graded.treg_loss(chosen, zero, zero, zero, zero, zero, beta=1.0, alpha=0.5)[0]
+    expect_minus_phi(loss, chosen)
 
 
 # ------------------------------------------------------------------------------- that the grading can tell: the slips
@@ -714,6 +764,20 @@ SLIPS = [
     ("implicit_reward", "log_policy - ref_logps", "log_policy", "test_reward_that_a_policy_stands_for",
      "the reference looks missing"),
     ("guidance", "1 + side", "1 - side", "test_guidance_of_both_sides", "alpha has the wrong sign"),
+    ("guidance", "1 + side * alpha", "1 + alpha", "test_guidance_of_both_sides", "side looks ignored: f_w is right"),
+    ("guidance", "1 + side * alpha", "1 - alpha", "test_guidance_of_both_sides", "side looks ignored: f_l is right"),
+    ("guidance", "1 + side * alpha * token_rewards",
+     "1 + alpha * token_rewards if side > 0 else 1 - alpha * token_rewards",
+     "test_guidance_needs_no_if", "note: right on both sides"),
+    ("guidance", "f if floor is None else", "f if floor is None or side < 0 else", "test_guidance_with_a_floor",
+     "the floor bounds the chosen side only"),
+    *[(function, "F.logsigmoid(phi)", code, test, words)
+      for function, test in (("tgdpo_loss", "test_tgdpo_of_a_pair_that_is_very_wrong"),
+                             ("simpo_loss", "test_simpo_of_a_pair_that_is_very_wrong"),
+                             ("treg_loss", "test_treg_of_a_pair_that_is_very_wrong"))
+      for code, words in (("phi.sigmoid().log()", "log(sigmoid(φ)) or"),
+                          ("-(1 + (-phi).exp()).log()", "log(1 + exp(-φ))"),
+                          ("(phi.sigmoid() + 1e-9).log()", "is there an epsilon in the log?"))],
     ("tgdpo_loss", "f_w = guidance(chosen_rewards.detach(), alpha, +1, floor)  # (B, R)\n"
      "    f_l = guidance(rejected_rewards.detach(), alpha, -1",
      "f_w = guidance(chosen_rewards.detach(), alpha, -1, floor)\n"
@@ -771,7 +835,7 @@ def test_the_solution_passes_and_every_exercise_has_tests(tmp_path):
     assert set(failures(exercises.student_source([e.function for e in exercises.EXERCISES]), tmp_path)) == set(TESTS)
 
 
-@pytest.mark.parametrize("slip", SLIPS, ids=lambda slip: f"{slip[0]}: {slip[4]}")
+@pytest.mark.parametrize("slip", SLIPS, ids=lambda slip: f"{slip[0]}: {slip[2][:30]}: {slip[4]}")
 def test_a_slip_turns_a_named_test_red_and_is_named(slip, tmp_path):
     function, old, new, test, words = slip
     solution = ast.get_source_segment(SOLVED, exercises.find(SOLVED, function))
@@ -804,36 +868,87 @@ def run(*argv, **kwargs):
     return done.returncode, done.stdout, done.stderr
 
 
+def write_in(source, function, body):
+    """A copy in which one blank function has this body, at the place of its NotImplementedError."""
+    blank = f'raise NotImplementedError("{function}, '
+    assert source.count(blank) == 1
+    return re.sub(re.escape(blank) + ".*", lambda _: body, source)
+
+
 def test_check_prints_a_table_from_anywhere(tmp_path):
-    """One exercise wrong, one not written, the other eight right; a folder with a space in its name, another one as
-    the working directory, with a pytest.ini and a tgdpo.py of its own in it."""
+    """Three were blank: one is wrong now, one not written, one right, but longer than it need be. Of the seven that
+    were given, the one that was changed is shown. A folder with a space in its name, another one as the working
+    directory, with a pytest.ini and a tgdpo.py of its own in it."""
     folder, elsewhere = tmp_path / "my work", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
     (elsewhere / "pytest.ini").write_text("[pytest]\naddopts = --nonsense\n")
     (elsewhere / "tgdpo.py").write_text("raise RuntimeError\n")
-    source = exercises.student_source(["simpo_loss"]).replace("f = 1 + side * alpha", "f = 1 - side * alpha")
+    source = exercises.student_source(["simpo_loss", "guidance", "implicit_reward"])
+    source = write_in(source, "implicit_reward", "return f * (log_policy - ref_logps + log_Z)")
+    source = write_in(source, "guidance", """if side > 0:
+        f = 1 + alpha * token_rewards
+    else:
+        f = 1 - alpha * token_rewards
+    return f if floor is None else f.clamp(min=floor)""")
+    source = source.replace("phi = beta * (f_w * chosen_ratios)", "phi = (f_w * chosen_ratios)")
     (folder / "student.py").write_text(source, encoding="utf-8")
     status, out, _ = run("check", "../my work/student.py", cwd=elsewhere)
     rows = {line.split()[0]: line for line in out.splitlines()}
-    assert status == 1 and out.splitlines()[-1] == "7 of 10 passed"
-    assert re.search(r"guidance +\(8b\) +1 +10  failed +f_w and f_l look swapped", rows["guidance"])
-    assert re.search(r"tgdpo_loss .* 3 +25  failed ", rows["tgdpo_loss"]), "it calls guidance"
+    assert status == 1 and out.splitlines()[-1] == "1 of 3 passed"
+    assert list(rows) == ["exercise", "simpo_loss", "implicit_reward", "guidance", "tgdpo_loss", "1"]
     assert rows["simpo_loss"].endswith("15  not yet  simpo_loss, (3d): not written yet")
-    assert [name for name, row in rows.items() if row.endswith("passed")][:-1] == [
-        e.function for e in exercises.EXERCISES if e.function not in ("guidance", "tgdpo_loss", "simpo_loss")
-    ]
+    assert re.search(r"implicit_reward +\(4.3c\), \(8a\) +1 +5  failed +beta looks forgotten", rows["implicit_reward"])
+    assert re.search(r"guidance .* 10  passed   note: right on both sides; 1 \+ side \* alpha", rows["guidance"])
+    assert re.search(r"tgdpo_loss .* 25  failed   given; it calls one of yours, or was changed: ", rows["tgdpo_loss"])
     assert len(list(folder.iterdir())) == 1 and len(list(elsewhere.iterdir())) == 2, "nothing else is written"
 
 
+@pytest.mark.parametrize("names", [["guidance"], [e.function for e in exercises.EXERCISES], []], ids=len)
+def test_only_what_was_blank_counts(names, tmp_path, capsys, monkeypatch):
+    """Nothing is written yet: 0 of as many as were blank. A file that does not say what was blank has all ten."""
+    file = tmp_path / "student.py"
+    file.write_text(exercises.student_source(names), encoding="utf-8")
+    blank = {name: [f"{name}: not written yet"] for name in names}
+    found = {e.function: [None] for e in exercises.EXERCISES}
+    monkeypatch.setattr(exercises, "grade", lambda file: found | blank)
+    assert exercises.main(["check", str(file)]) == (1 if names else 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == (f"0 of {len(names)} passed" if names else "10 of 10 passed")
+    assert [line.split()[0] for line in lines[1:-1]] == (names or [e.function for e in exercises.EXERCISES])
+    file.write_text("# the header is gone\n")
+    assert exercises.to_write(file) == [e.function for e in exercises.EXERCISES]
+
+
 def test_check_succeeds_only_where_all_pass(capsys, monkeypatch):
-    found = {e.function: [None, None] for e in exercises.EXERCISES}
+    """What was given counts for the exit status: a student's file in which it has become wrong is not right."""
+    found = {e.function: [None, "note: longer than it need be"] for e in exercises.EXERCISES}
     monkeypatch.setattr(exercises, "grade", lambda file: found)
-    assert exercises.main(["check", "tgdpo.py"]) == 0
-    found["theorem_4_1"] = [None, "beta looks forgotten"]
-    assert exercises.main(["check", "tgdpo.py"]) == 1
+    assert exercises.main(["check", str(ROOT / "tgdpo.py")]) == 0
+    found["theorem_4_1"] = [None, "note: long", "beta looks forgotten"]
+    assert exercises.main(["check", str(ROOT / "tgdpo.py")]) == 1
+    monkeypatch.setattr(exercises, "to_write", lambda file: ["guidance"])
+    assert exercises.main(["check", str(ROOT / "tgdpo.py")]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert [line for line in out if line.endswith(" of 10 passed")] == ["10 of 10 passed", "9 of 10 passed"]
+    assert [line for line in out if line.endswith(" passed")] == ["10 of 10 passed", "9 of 10 passed", "1 of 1 passed"]
+    assert [line.split("  ")[-1].strip() for line in out if line.startswith("theorem_4_1")] == [
+        "note: longer than it need be", "beta looks forgotten",
+        "given; it calls one of yours, or was changed: beta looks forgotten"]
+
+
+def test_a_students_copy_trains_with_the_students_loss(tmp_path):
+    """A loss that is 7 whatever the policy, as metrics.jsonl shows; its log-probs are kept apart from tgdpo.py's."""
+    source = exercises.student_source(["tgdpo_loss"])
+    source = write_in(source, "tgdpo_loss", """zero = 0 * (policy_chosen_logps + policy_rejected_logps.sum()).sum(-1)
+    return 7 + zero, zero.detach(), zero.detach()""")
+    head = source.split('"""')[0]
+    assert "# To write: tgdpo_loss\n" in head and "\n# Train with your loss: python FILE " in head
+    (tmp_path / "student.py").write_text(source, encoding="utf-8")
+    argv = [sys.executable, "student.py", "--max_steps", "1", "--device", "cpu", "--output_dir", "run"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"] == 7
+    assert [path.name for path in (tmp_path / ".cache").iterdir()] == ["tgdpo-student"]
 
 
 def test_what_cannot_be_used_has_one_line(tmp_path, capsys):
