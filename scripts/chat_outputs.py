@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Answers of a trained model to a file of prompts, in the forms that AlpacaEval 2, Arena-Hard and MT-Bench read.
 
+    python scripts/chat_outputs.py --model_name_or_path RUN --prompts prompts.txt --output answers.json
     python scripts/chat_outputs.py --model_name_or_path RUN --format alpaca_eval --prompts alpaca_eval.json \\
         --output outputs.json
     python scripts/chat_outputs.py --model_name_or_path RUN --format arena_hard --prompts question.jsonl \\
@@ -14,7 +15,10 @@ OUTPUT.answers.jsonl; the same command goes on from there after a kill, and give
 Each prompt has random numbers of its own, by the seed, its number and the turn, whatever it is batched with. Only
 rounding depends on the batch: in bfloat16 another --batch_size may still change an answer. Single process.
 
+A .txt file has a prompt a line. Its answers get AlpacaEval's form, which can be judged against another model's.
 --format alpaca_eval also takes rows {"prompt": text or messages} or {"messages": [...]}, and preference pairs.
+Where the model has too few positions for the longest prompt and --max_new_tokens, answers may have fewer tokens, but at
+least half of the positions: then it is the prompts that are cut.
 """
 import hashlib
 import json
@@ -47,9 +51,10 @@ def required(text):
 class Options:
     """Where a benchmark has a setting of its own, that is the default."""
     model_name_or_path: str = required("model that answers: a run's directory or a hub name")
-    prompts: str = required(".json or .jsonl file of prompts, as the benchmark publishes it")
-    format: Literal["alpaca_eval", "arena_hard", "mt_bench"] = required("whose form the answers get")
-    output: str = required("alpaca_eval: a new .json file; else the directory in which GENERATOR.jsonl is written")
+    prompts: str = required(".json or .jsonl file of prompts, as the benchmark publishes it; .txt: one a line")
+    output: str = required("alpaca_eval, text: a new .json file; else the directory where GENERATOR.jsonl is written")
+    format: Literal["alpaca_eval", "arena_hard", "mt_bench", "text"] | None = option(
+        None, "whose form the answers get; text, that of alpaca_eval, goes with a .txt file and need not be said")
     generator: str | None = option(None, "name of the model in the answers; none: the name of its directory")
     max_new_tokens: int | None = option(None, "most tokens of an answer; none: 4096, for mt_bench 1024")
     temperature: float | None = option(None, "0: greedy; none: 0.9, arena_hard 0, mt_bench by the question's category")
@@ -63,14 +68,16 @@ class Options:
 # AlpacaEval: tatsu-lab/alpaca_eval, models_configs/Llama-3-Instruct-8B-SimPO/configs.yaml (without its beam search).
 # Arena-Hard: lmarena/arena-hard-auto, config/gen_answer_config.yaml of v0.1; v2.0 has no one setting for all models.
 # MT-Bench: lm-sys/FastChat, fastchat/llm_judge: gen_model_answer.py (0.7 for categories unknown to common.py).
-TEMPERATURES = {"alpaca_eval": 0.9, "arena_hard": 0.0, "mt_bench": 0.7}
-NEW_TOKENS = {"alpaca_eval": 4096, "arena_hard": 4096, "mt_bench": 1024}
+TEMPERATURES = {"alpaca_eval": 0.9, "arena_hard": 0.0, "mt_bench": 0.7, "text": 0.9}
+NEW_TOKENS = {"alpaca_eval": 4096, "arena_hard": 4096, "mt_bench": 1024, "text": 4096}
 # lm-sys/FastChat, fastchat/llm_judge/common.py, temperature_config.
 CATEGORIES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
               "stem": 0.1, "humanities": 0.1}
 EXPECTED = {"alpaca_eval": "an instruction, a prompt or messages that end with the user's",
             "arena_hard": "uid and prompt (Arena-Hard-Auto since v2.0; question_id and turns are its older form)",
-            "mt_bench": "question_id, category and turns, a list of texts"}
+            "mt_bench": "question_id, category and turns, a list of texts",
+            "text": "a prompt"}
+ONE_LIST = ("alpaca_eval", "text")   # forms whose answers are one list in a .json file
 
 
 # ---------------------------------------------------------------------------------------------------- 1. the prompts
@@ -82,7 +89,7 @@ def read_rounds(row, form):
     Raises tgdpo.InputError."""
     if not isinstance(row, dict):
         raise tgdpo.InputError("no object")
-    if form == "alpaca_eval":
+    if form in ONE_LIST:
         rounds = [tgdpo.read_pair({"prompt": row.get("messages")} | PAIR | row)[0]]
     else:
         arena = form == "arena_hard"
@@ -102,7 +109,8 @@ def prompt_ids(tokenizer, turns, number):
         # With two answers, since some templates write more before an answer to come than before one that is there, and
         # training's prompt is what all have in common.
         texts, chat = tgdpo.pair_texts({"prompt": turns} | PAIR, tokenizer)
-        ids = tokenizer(texts, add_special_tokens=False).input_ids
+        with tgdpo.reading("the tokenizer"):   # one of words alone may refuse others
+            ids = tokenizer(texts, add_special_tokens=False).input_ids
         return tgdpo.split_tokens(ids, tokenizer, not chat, sys.maxsize)[0]
     except tgdpo.InputError as e:
         raise InputError(f"row {number} (from 0) of --prompts, message {len(turns)}: {e}; training could not use such "
@@ -112,9 +120,14 @@ def prompt_ids(tokenizer, turns, number):
 def read_questions(options, tokenizer):
     """-> (rows of the prompt file, their rounds)."""
     if not Path(options.prompts).is_file():
-        raise InputError(f"--prompts {options.prompts}: no such file; expected a .json or .jsonl file")
+        raise InputError(f"--prompts {options.prompts}: no such file; expected a .json, .jsonl or .txt file")
     try:
-        rows = tgdpo.load_rows(options.prompts, None)
+        if options.format == "text":
+            with tgdpo.reading(f"--prompts {options.prompts}"):
+                lines = Path(options.prompts).read_text(encoding="utf-8-sig").split("\n")
+            rows = [{"instruction": line} for line in lines if line.strip()]
+        else:
+            rows = tgdpo.load_rows(options.prompts, None)
     except InputError as e:
         raise InputError(str(e).replace("--dataset", "--prompts")) from e
     if not isinstance(rows, list) or not rows:
@@ -186,20 +199,27 @@ def answer_all(questions, temperatures, model, tokenizer, options, length, file)
     of the whole round, longest first, also when some of it is there already: nothing depends on where a run broke off.
     """
     facts = [tgdpo.model_fingerprint(options.model_name_or_path), model.generation_config.eos_token_id,
-             options.max_new_tokens, options.top_p, options.seed, options.dtype]
+             options.top_p, options.seed, options.dtype]
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []   # the last may be half a line
     tgdpo.write(file, "".join(line + "\n" for line in lines))
     known = {record["key"]: record for record in map(json.loads, lines)}
-    talks, found, cut = [[] for _ in questions], [[] for _ in questions], 0
+    talks, found, cut, fewest = [[] for _ in questions], [[] for _ in questions], 0, options.max_new_tokens
     with open(file, "a", encoding="utf-8") as log:
         for turn in range(max(map(len, questions))):
-            prompts, keys = {}, {}
+            whole, prompts, keys = {}, {}, {}
             for i in [i for i, rounds in enumerate(questions) if turn < len(rounds)]:
                 talks[i] = talks[i] + questions[i][turn]
-                ids = prompt_ids(tokenizer, talks[i], i)
-                prompts[i] = tgdpo.cut_left(ids, max(1, length - options.max_new_tokens), tokenizer.bos_token_id)
+                whole[i] = prompt_ids(tokenizer, talks[i], i)
+            longest = max(map(len, whole.values()))
+            most = min(options.max_new_tokens, max(length // 2, length - longest))
+            if most < options.max_new_tokens:
+                print(f"turn {turn + 1}: answers of at most {most} tokens, not {options.max_new_tokens}: the model has "
+                      f"{length} positions, the longest prompt {longest} tokens")
+            model.generation_config.max_new_tokens, fewest = most, min(fewest, most)
+            for i, ids in whole.items():
+                prompts[i] = tgdpo.cut_left(ids, length - most, tokenizer.bos_token_id)
                 cut += len(prompts[i]) < len(ids)
-                facts_here = [*facts, i, turn, temperatures[i], prompts[i]]
+                facts_here = [*facts, most, i, turn, temperatures[i], prompts[i]]
                 keys[i] = hashlib.sha256(json.dumps(facts_here).encode()).hexdigest()[:32]
             order = sorted(prompts, key=lambda i: -len(prompts[i]))
             bar = tqdm(total=len(order), desc=f"answers, turn {turn + 1}", disable=None)
@@ -219,7 +239,7 @@ def answer_all(questions, temperatures, model, tokenizer, options, length, file)
                 found[i].append(known[keys[i]])
                 talks[i] = [*talks[i], {"role": "assistant", "content": known[keys[i]]["text"]}]
     records = [record for answers in found for record in answers]
-    return talks, found, {"cut": cut, "unfinished": sum(not record["ended"] for record in records)}
+    return talks, found, {"cut": cut, "unfinished": sum(not record["ended"] for record in records), "fewest": fewest}
 
 
 # ------------------------------------------------------------------------------------------------------ 3. the output
@@ -249,15 +269,15 @@ def mt_bench(row, talk, answers, generator):
             "choices": [{"index": 0, "turns": [answer["text"] for answer in answers]}], "tstamp": answers[-1]["time"]}
 
 
-FORMS = {"alpaca_eval": alpaca_eval, "arena_hard": arena_hard, "mt_bench": mt_bench}
+FORMS = {"alpaca_eval": alpaca_eval, "arena_hard": arena_hard, "mt_bench": mt_bench, "text": alpaca_eval}
 
 
 def output_file(options):
     """The file to write, which must not be there yet."""
     file = Path(os.path.expanduser(options.output))
-    if options.format == "alpaca_eval" and file.suffix != ".json":
-        raise InputError(f"--output {file}; --format alpaca_eval expects the name of a new .json file")
-    if options.format != "alpaca_eval":
+    if options.format in ONE_LIST and file.suffix != ".json":
+        raise InputError(f"--output {file}; --format {options.format} expects the name of a new .json file")
+    if options.format not in ONE_LIST:
         if file.suffix in (".json", ".jsonl") or file.is_file():
             raise InputError(f"--output {file}; --format {options.format} expects a directory, such as "
                              "data/.../model_answer, since the judge reads the model's name from the file in it")
@@ -273,6 +293,10 @@ def read_options(argv):
     """Command line -> Options, with every default filled in but the temperature."""
     parser = strict(transformers.HfArgumentParser(Options, prog="chat_outputs.py", allow_abbrev=False))
     o = Options(**vars(parser.parse_args(argv)))
+    o.format = o.format or ("text" if o.prompts.endswith(".txt") else None)
+    if (o.format == "text") != o.prompts.endswith(".txt") or not o.format:
+        raise InputError(f"--format is {o.format} for --prompts {o.prompts}; expected text, or nothing, for a .txt "
+                         "file, and alpaca_eval, arena_hard or mt_bench for another")
     shared = {name: getattr(o, name) for name in ("model_name_or_path", "dtype", "device", "seed")}
     base = tgdpo.read_options([f"--{name}={value}" for name, value in shared.items() if value is not None]
                               + [f"--dataset={o.prompts}"])
@@ -293,9 +317,6 @@ def run(options):
     """Answer the prompts and write the file."""
     file, name = output_file(options), options.model_name_or_path
     length = getattr(tgdpo.load_config(name), "max_position_embeddings", None) or sys.maxsize
-    if options.max_new_tokens >= length:
-        raise InputError(f"--max_new_tokens is {options.max_new_tokens}; expected less than {length}, the positions of "
-                         "the model, which its prompt needs too")
     tokenizer = tgdpo.load_tokenizer(name)
     rows, questions = read_questions(options, tokenizer)
     temperatures = [TEMPERATURES[options.format]] * len(rows)
@@ -307,15 +328,16 @@ def run(options):
     model = load_model(options, tokenizer)
     talks, answers, counts = answer_all(questions, temperatures, model, tokenizer, options, length, kept)
     forms = [FORMS[options.format](*parts, options.generator) for parts in zip(rows, talks, answers)]
-    if options.format == "alpaca_eval":
+    if options.format in ONE_LIST:
         tgdpo.write(file, json.dumps(forms, indent=1, ensure_ascii=False) + "\n")
     else:
         tgdpo.write(file, "".join(json.dumps(form, ensure_ascii=False) + "\n" for form in forms))
     kept.unlink()
+    capped = counts["fewest"] < options.max_new_tokens
+    limit = f"{counts['fewest']} tokens" if capped else f"--max_new_tokens {options.max_new_tokens}"
     print(f"{file}: {len(forms)} prompts answered by {options.generator}"
           + f"; {counts['cut']} prompts lost their left end: the model has {length} positions" * bool(counts["cut"])
-          + f"; {counts['unfinished']} answers were cut at --max_new_tokens {options.max_new_tokens}"
-          * bool(counts["unfinished"]))
+          + f"; {counts['unfinished']} answers were cut at {limit}" * bool(counts["unfinished"]))
 
 
 def main(argv):

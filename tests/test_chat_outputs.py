@@ -35,6 +35,7 @@ def paths(tmp_path):
 
 def chat_model(folder, template=CHATML, family="llama", seed=22, pad="<pad>", **changes):
     """The tokenizer's end token is <|im_end|>, 5, that of the model's configuration <eos>, 3."""
+    tgdpo.quiet()  # no progress bar where a test reads what was said
     tokenizer = word_tokenizer(template=template, eos="<|im_end|>")
     tokenizer.pad_token = pad
     return make_model(folder, family, seed, scale=4.0, tokenizer=tokenizer, **changes)
@@ -218,14 +219,32 @@ def test_rows_of_other_files():
         assert chat_outputs.read_rounds(row, "alpaca_eval") == [[USER]]
 
 
-def test_a_long_prompt_loses_its_left_end_and_keeps_its_bos(tmp_path, monkeypatch, capsys):
-    """64 positions less 40 for the answer: 24 tokens, the BOS and the last 23."""
+@pytest.mark.parametrize("new, kept", [(40, "red " * 6), (32, "red " * 6), (24, "red " * 14)])
+def test_a_long_prompt_loses_its_left_end_and_keeps_its_bos(tmp_path, monkeypatch, capsys, new, kept):
+    """64 positions less 24 for the answer: 40 tokens, the BOS and the last 39. A prompt keeps half of the positions."""
     make_model(tmp_path / "model", tokenizer=word_tokenizer(bos=True), bos_token_id=2)
     seen = asked(monkeypatch)
     long = " ".join(["red"] * 30 + ["cat"] * 20 + ["dog"] * 5)
-    outputs(tmp_path, rows=[dict(prompt=long), dict(prompt="dog")], max_new_tokens=40)
-    assert sorted(seen, key=len) == [[2] + ids("dog"), [2] + ids("cat") * 18 + ids("dog") * 5]
+    outputs(tmp_path, rows=[dict(prompt=long), dict(prompt="dog")], max_new_tokens=new)
+    assert sorted(seen, key=len) == [[2] + ids("dog"), [2] + ids(kept) + ids("cat") * 20 + ids("dog") * 5]
     assert "1 prompts lost their left end: the model has 64 positions" in capsys.readouterr().out
+
+
+def test_a_text_file_has_a_prompt_a_line(paths, capsys):
+    """Blank lines are skipped and --format is inferred; the answers are those to the same prompts from AlpacaEval."""
+    want, _ = outputs(paths, rows=[dict(instruction=text) for text in PROMPTS], output=paths / "want.json")
+    (paths / "prompts.txt").write_bytes("\ufeff\r\n".encode() + "\n \n\r\n".join(PROMPTS).encode() + b"\n\n")
+    for form in (None, "text"):
+        written, file = outputs(paths, prompts=paths / "prompts.txt", format=form, output=paths / f"{form}.json")
+        assert written == want and [row["instruction"] for row in written] == PROMPTS, form
+    assert len(set(texts(want))) > 4
+    capsys.readouterr()
+    (paths / "prompts.txt").write_text("\n\n")
+    outputs(paths, prompts=paths / "prompts.txt", format=None, status=2)
+    one_line(capsys, "no rows; expected a prompt")
+    (paths / "prompts.txt").write_bytes(b"\xff\xfe")
+    outputs(paths, prompts=paths / "prompts.txt", format=None, status=2)
+    one_line(capsys, "--prompts", "UnicodeDecodeError")
 
 
 # ------------------------------------------------------------------------------------------------------- the answers
@@ -241,6 +260,21 @@ def test_greedy_answers_are_those_of_a_plain_loop(paths, batch_size, family, see
     full = sum(len(tokens) == 12 for tokens in want)
     assert 0 < full < len(want) and len({len(tokens) for tokens in want}) > 2, "answers of unequal lengths"
     assert f"{full} answers were cut at --max_new_tokens 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_new_tokens_are_capped_at_the_models_positions(paths, capsys, batch_size):
+    """GPT-2 has no position 64: with 4096 new tokens asked for, an answer fills what the longest prompt leaves, 52."""
+    chat_model(paths / "model", family="gpt2", seed=0)
+    written, _ = outputs(paths, temperature=0, batch_size=batch_size, max_new_tokens=None)
+    left = 64 - max(len(chatml(text)) for text in PROMPTS)
+    want = [greedy(paths / "model", chatml(text), ends=(3, 5), new_tokens=left) for text in PROMPTS]
+    assert texts(written) == [words(tokens) for tokens in want]
+    full = sum(len(tokens) == left for tokens in want)
+    assert left == 52 and 0 < full < len(want)
+    lines = capsys.readouterr().out.splitlines()
+    cap = "turn 1: answers of at most 52 tokens, not 4096: the model has 64 positions, the longest prompt 12 tokens"
+    assert lines[0] == cap and lines[1].endswith(f"; {full} answers were cut at 52 tokens") and len(lines) == 2
 
 
 def test_greedy_mt_bench_is_a_plain_loop_over_both_turns(paths):
@@ -424,7 +458,10 @@ def test_rows_that_do_not_fit(paths, capsys, form, rows, parts):
         (dict(temperature="nan"), ["--temperature is nan"]),
         (dict(top_p=0), ["--top_p is 0.0"]),
         (dict(batch_size=0), ["--batch_size is 0"]),
-        (dict(max_new_tokens=64), ["--max_new_tokens is 64; expected less than 64"]),
+        (dict(format=None), ["--format is None for --prompts", "expected text, or nothing, for a .txt"]),
+        (dict(format="text"), ["--format is text", "alpaca_eval, arena_hard or mt_bench for another"]),
+        (dict(prompts="none.txt"), ["--format is alpaca_eval for --prompts none.txt"]),
+        (dict(prompts="none.txt", format=None, output="a.txt"), ["--format text expects the name of a new .json file"]),
         (dict(max_new_tokens=0), ["--max_new_tokens is 0; expected a number above 0"]),
         (dict(seed=-1), ["--seed is -1"]),
         (dict(beam=3), ["unrecognized arguments: --beam=3"]),
@@ -442,6 +479,14 @@ def test_a_template_that_refuses_the_prompt(paths, capsys):
     )
     outputs(paths, "mt_bench", status=2)
     one_line(capsys, "row 0 (from 0) of --prompts, message 3", "refuses it: one turn")
+
+
+def test_a_tokenizer_that_refuses_words(tmp_path, capsys):
+    """As that of the three words that tgdpo.py makes, which has no token for unknown ones."""
+    tgdpo.small_data(tgdpo.Options(max_length=8), tmp_path / "model", tmp_path / "pairs.jsonl")
+    capsys.readouterr()
+    outputs(tmp_path, status=2)
+    one_line(capsys, "row 0 (from 0) of --prompts, message 1: the tokenizer cannot be used: Exception: WordLevel error")
 
 
 def test_several_processes_are_refused(paths, capsys, monkeypatch):
