@@ -25,11 +25,11 @@ import transformers
 import tgdpo
 from common import whole_tokens
 from conftest import eight_pairs, make_model, write_rows
+from front_picture import BLUE, ORANGE
 from start_model import train_tokenizer
 
-
-
 import heatmap
+import tiny_language
 
 EVIL = '</script><script>window.planted = 1</script><img src="http://127.0.0.1:9/x.png" onerror="window.planted = 2">'
 PACKAGE = "@sparticuz/chromium@147.0.0"
@@ -132,10 +132,14 @@ class Browser:
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
 
     def mouse(self, selector, click=False):
-        x, y = self.js(
-            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getClientRects()[0];"
-            f"return [r.x + r.width / 2, r.y + r.height / 2] }})(document.querySelector({json.dumps(selector)}))"
-        )
+        at, found = None, f"document.querySelector({json.dumps(selector)})"
+        for _ in range(20):  # pairs that come near the window are built and move others
+            self.js(f"{found}.scrollIntoView({{block: 'center'}})")
+            self.settle()
+            last, at = at, self.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({found}.getClientRects()[0])")
+            if last == at:
+                break
+        x, y = at
         self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         for kind in ("mousePressed", "mouseReleased") * click:
             self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -160,7 +164,8 @@ class Browser:
         os.close(self.into)
 
 
-KEYS = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+KEYS = {"Tab": 9, "Escape": 27, "End": 35, "Home": 36}
+KEYS |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 @pytest.fixture(scope="module")
@@ -238,16 +243,17 @@ def by_hand(made, row, reference, judge, policy=None):
     """The numbers of one row, from the formulas -> {"loss", (side, quantity): values}."""
     prompt_ids, both = whole_tokens(row, made.tokenizer)
     b, a, rb, floor = NUMBERS.values()
-    want, phi = {}, 0.0
+    want, phi, phi_dpo = {}, 0.0, 0.0
     for side, sign, ids in zip(("chosen", "rejected"), (1, -1), both):
         ref, rm, pi = [full_logps(path, prompt_ids, ids) for path in (reference, judge, policy or reference)]
         want[side, "rhat"] = [rb * (x - y) for x, y in zip(rm, ref)]
         want[side, "f"] = [max(floor, 1 + sign * a * r) for r in want[side, "rhat"]]
         want[side, "shift"] = [x - y for x, y in zip(pi, ref)]
         phi += sign * b * sum(f * x for f, x in zip(want[side, "f"], want[side, "shift"]))
-    for side, sign in (("chosen", 1), ("rejected", -1)):
-        want[side, "weight"] = [sign * b * f / (1 + math.exp(phi)) for f in want[side, "f"]]
-    return want | {"loss": math.log1p(math.exp(-phi))}
+        phi_dpo += sign * b * sum(want[side, "shift"])
+    for side in ("chosen", "rejected"):  # σ(-φ) f over σ(-φ_DPO)
+        want[side, "force"] = [f * (1 + math.exp(phi_dpo)) / (1 + math.exp(phi)) for f in want[side, "f"]]
+    return want | {"loss": math.log1p(math.exp(-phi)), "dpo": b / (1 + math.exp(phi_dpo))}
 
 
 def near(found, want):
@@ -256,30 +262,35 @@ def near(found, want):
 
 # ---------------------------------------------------------------------------------------------------- the numbers
 def test_numbers_are_those_of_full_logits(made):
-    """r̂, f, gradient weight, shift and loss, with a policy, by the formulas from whole models' logits."""
+    """r̂, f, force, shift, loss and DPO's push, with a policy, by the formulas from whole models' logits."""
     facts, pairs = data_of(made.page)
-    assert list(facts["quantities"]) == ["rhat", "f", "weight", "shift"]
+    assert list(facts["quantities"]) == ["rhat", "f", "force", "shift"]
+    assert facts["guidance"]["text"] == "f = 1 ± α r̂, α = 2, at least 0.25"
+    assert facts["guidance"]["slider"] == {"alpha": 2.0, "floor": 0.25, "beta": 0.3, "top": 20.0}
     assert [pair["row"] for pair in pairs] == [0, 1, 2]
     for row, pair, about in zip(ROWS, pairs, facts["pairs"]):
         want = by_hand(made, row, made.reference, made.judge, made.policy)
-        assert near([pair["loss"], about["loss"]], [want["loss"]] * 2)
+        assert near([pair["loss"], about["loss"], pair["dpo"]], [want["loss"]] * 2 + [want["dpo"]])
         for name in facts["quantities"]:
             for side in ("chosen", "rejected"):
                 assert near(pair[side][name], want[side, name]), (row, side, name)
-            every = [abs(v - (name == "f")) for side in ("chosen", "rejected") for v in want[side, name]]
+            every = [abs(v - (name in ("f", "force"))) for side in ("chosen", "rejected") for v in want[side, name]]
             assert near([about["peaks"][name]], [max(every)])
     assert any(f == 0.25 for pair in pairs for f in pair["chosen"]["f"]), "the floor was never met: a weak test"
+    ratio = [pair["chosen"]["force"][0] / pair["chosen"]["f"][0] for pair in pairs]
+    assert max(abs(r - 1) for r in ratio) > 0.05, "force is f: a weak test"
 
 
-def test_without_a_policy_the_weight_is_that_at_the_reference(made):
-    """σ(0) = 1/2, so the weight is ± β f / 2; there is no shift; --pairs takes the first."""
+def test_without_a_policy_the_force_is_that_at_the_reference(made):
+    """σ(0) = 1/2 in both losses, so the force is f and DPO pushes by β/2; no shift; --pairs takes the first."""
     facts, pairs = data_of(made.make("none.html", "--pairs=2"))
-    assert list(facts["quantities"]) == ["rhat", "f", "weight"] and len(pairs) == 2
+    assert list(facts["quantities"]) == ["rhat", "f", "force"] and len(pairs) == 2
     for row, pair in zip(ROWS, pairs):
         want = by_hand(made, row, made.reference, made.judge)
         assert "shift" not in pair["chosen"] and near([pair["loss"]], [math.log(2)])
-        for side, sign in (("chosen", 1), ("rejected", -1)):
-            assert near(pair[side]["weight"], [sign * 0.15 * f for f in want[side, "f"]])
+        assert pair["dpo"] == 0.15
+        for side in ("chosen", "rejected"):
+            assert near(pair[side]["force"], want[side, "f"])
 
 
 def test_the_datas_own_rewards(made):
@@ -291,7 +302,7 @@ def test_the_datas_own_rewards(made):
         rows.append(row | {"chosen_rewards": [0.25] * lengths[0], "rejected_rewards": [-0.5] * lengths[1]})
     data = write_rows(made.folder / "own.jsonl", rows)
     facts, pairs = data_of(made.make("own.html", dataset=data, reward_model=None))
-    assert "reward model the data's own rewards" in facts["about"]
+    assert "rewards by the data's own rewards" in facts["about"]
     for pair in pairs:
         assert set(pair["chosen"]["rhat"]) == {0.25} and set(pair["rejected"]["rhat"]) == {-0.5}
         assert set(pair["chosen"]["f"]) == {1.5} and set(pair["rejected"]["f"]) == {2.0}
@@ -309,14 +320,127 @@ def test_a_finished_run_is_read_from_its_folder(bench):
     assert files[0].read_text() == files[1].read_text()
     facts, pairs = data_of(files[0])
     assert len(pairs) == 8 and any(pair["chosen"]["shift"][0] for pair in pairs)
-    assert {"beta 0.4", "alpha 0.3", "guidance floor 0.9", f"policy {out}"} <= set(facts["about"])
+    assert {"beta 0.4", "reward beta 0.2", f"policy {out}"} <= set(facts["about"])
+    assert facts["guidance"]["text"] == "f = 1 ± α r̂, α = 0.3, at least 0.9"
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(run | {"code": "of another file"}))
+    assert "another version of tgdpo.py" in heatmap.guidance_facts(tgdpo.Options(), out, 1.0)["text"]
     other = write_rows(bench.folder / "two.jsonl", eight_pairs()[:2])
     assert heatmap.main(["--run", str(out), "--dataset", other, "--alpha", "0", "--output", str(files[2])]) == 0
     facts, pairs = data_of(files[2])
     assert len(pairs) == 2 and {f for pair in pairs for f in pair["rejected"]["f"]} == {1.0}
     dpo = ["--run", str(out / "reward_model"), "--reward_model", bench.reward_model, "--output", str(files[3])]
     assert heatmap.main(dpo) == 0
-    assert {f for pair in data_of(files[3])[1] for f in pair["chosen"]["f"]} == {1.0}
+    facts, pairs = data_of(files[3])
+    assert {f for pair in pairs for f in pair["chosen"]["f"]} == {1.0}
+    slider = facts["guidance"]["slider"]
+    assert (slider["alpha"], slider["top"]) == (0, 2 / facts["quantities"]["rhat"]["scale"])
+
+
+def exponential(rewards, alpha, side, floor=None):
+    """Another guidance: always above 0."""
+    return (side * alpha * rewards).exp()
+
+
+def test_another_guidance(made, monkeypatch):
+    """Put in the place of tgdpo's, it makes f and the force; the page shows its code, and has no slider."""
+    monkeypatch.setattr(tgdpo, "guidance", exponential)
+    facts, pairs = data_of(made.make("other_guidance.html"))
+    assert facts["guidance"]["slider"] is None
+    assert facts["guidance"]["text"].startswith("another function than f = 1 ± α r̂, so there is no slider. α = 2, ")
+    assert "return (side * alpha * rewards).exp()" in facts["guidance"]["text"]
+    for pair in pairs:
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            want = [math.exp(sign * 2.0 * r) for r in pair[side]["rhat"]]
+            assert pair[side]["f"] == pytest.approx(want, rel=3e-3) and near(pair[side]["force"], pair[side]["f"])
+    monkeypatch.setattr(tgdpo, "guidance", lambda r, alpha, side, floor=None: 1 + side * alpha * r)
+    assert heatmap.guidance_facts(tgdpo.Options(), None, 1.0)["slider"] is None, "it ignores the floor"
+    monkeypatch.setattr(tgdpo, "guidance", eval("lambda r, alpha, side, floor=None: 1 + 0 * r"))
+    assert "<lambda>" in heatmap.guidance_facts(tgdpo.Options(), None, 1.0)["text"]
+
+
+# ------------------------------------------------------------------------------------------------------ the truth
+SENTENCES = [
+    ("cat", "the cat is not good .", [0, 0, 0, 0, -1, 0, 0], "the cat is very bad .", [0, 0, 0, 0, -2, 0, 0]),
+    ("dog", "the dog was not very sad .", [0, 0, 0, 0, 0, 2, 0, 0], "the dog dog .", [0, 0, -1, -1, 0]),
+    ("king", "the king is kind .", [0, 0, 0, 1, 0, 0], "kind .", [-1, 0, 0]),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Made of the tiny language: three pairs whose true rewards are worked by hand."""
+    tiny = Made.__new__(Made)
+    tiny.folder = tmp_path_factory.mktemp("tiny")
+    tiny.tokenizer = tiny_language.tiny_tokenizer(64)
+    sizes = dict(tokenizer=tiny.tokenizer, vocab_size=len(tiny.tokenizer), n_positions=64, scale=3.0)
+    tiny.reference, tiny.judge, tiny.policy = [
+        make_model(tiny.folder / name, seed=seed, **sizes) for seed, name in enumerate(["reference", "judge", "policy"])
+    ]
+    rows = [dict(prompt=f"describe the {n} :", chosen=f" {c}", rejected=f" {r}") for n, c, _, r, _ in SENTENCES]
+    tiny.data = write_rows(tiny.folder / "pairs.jsonl", rows)
+    tiny.page = tiny.make("page.html", policy=tiny.policy)
+    return tiny
+
+
+def test_the_truth_of_the_tiny_language(tiny):
+    """It is a colour; by how much r̂ misses it stands with each pair; other prompts of the same words have none."""
+    facts, pairs = data_of(tiny.page)
+    assert list(facts["quantities"]) == ["rhat", "truth", "f", "force", "shift"]
+    assert facts["quantities"]["truth"]["scale"] == 2
+    for (_, _, chosen, _, rejected), pair, about in zip(SENTENCES, pairs, facts["pairs"]):
+        assert (pair["chosen"]["truth"], pair["rejected"]["truth"]) == (chosen, rejected)
+        off = [abs(r - t) for s in ("chosen", "rejected") for r, t in zip(pair[s]["rhat"], pair[s]["truth"])]
+        assert about["peaks"]["differ"] == pytest.approx(max(off))
+    rows = [dict(prompt="the cat :", chosen=" the cat is good .", rejected=" the cat .")]
+    data = write_rows(tiny.folder / "others.jsonl", rows)
+    assert "truth" not in data_of(tiny.make("others.html", dataset=data))[0]["quantities"]
+
+
+def test_the_truth_in_place_of_rhat(tiny, capsys):
+    """Without a reward model r̂ is the truth, in the data or not, and is shown once."""
+    facts, pairs = data_of(tiny.make("truth.html", reward_model=None))
+    assert list(facts["quantities"]) == ["rhat", "f", "force"] and "rewards by the true rewards" in facts["about"]
+    assert facts["quantities"]["rhat"]["title"] == "true reward"
+    assert [pair["chosen"]["rhat"] for pair in pairs] == [chosen for _, _, chosen, _, _ in SENTENCES]
+    assert pairs[0]["rejected"]["f"] == [1, 1, 1, 1, 5, 1, 1]
+    refused(capsys, tiny.argv("--terminal=truth", reward_model=None), "expected one of rhat, f, force")
+
+
+def test_the_truth_in_the_terminal(tiny, capsys, monkeypatch):
+    """r̂ and the truth on adjacent lines."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert heatmap.main(tiny.argv("--terminal")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("  truth    the dog was not very sad[+2] . <eos>")
+    assert lines[at - 1].startswith("chosen     the") and lines[at + 1].startswith("rejected   the")
+    assert lines[at + 2] == "  truth    the dog dog[-1] .[-1] <eos>"
+
+
+def test_a_run_of_three_words_from_anywhere(tmp_path, monkeypatch):
+    """tgdpo.py's own run, made with relative paths: read from another directory and after a move; its truth; its
+    true_rewards run."""
+    monkeypatch.setattr(tgdpo, "TINY_PAIRS", 60)
+    monkeypatch.chdir(tmp_path)
+    assert tgdpo.main("--output_dir runs/a --max_steps 1 --cache_dir cache --device cpu".split()) == 0
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    assert heatmap.main("--run ../runs/a --output a.html".split()) == 0
+    facts, pairs = data_of("a.html")
+    worth = {".": [0], "not .": [0, -1], "not not": [0, -1], "not bad": [0, 2], "bad .": [-1, 0], "bad not": [-1, 0]}
+    worth["bad bad"] = [-1, -1]
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            words = "".join(pair[side]["tokens"]).strip()
+            assert pair[side]["truth"] == worth[words][: len(words.split())]
+    assert not (tmp_path / "else" / "cache").exists(), "the run's own cache serves"
+    assert heatmap.main("--run ../runs/a/true_rewards --output t.html".split()) == 0
+    facts, true = data_of("t.html")
+    assert [pair["chosen"]["rhat"] for pair in true] == [pair["chosen"]["truth"] for pair in pairs]
+    assert any(pair["chosen"]["shift"][0] for pair in true), "the policy is the true_rewards run's"
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert heatmap.main("--run ../moved/a --output b.html".split()) == 0
+    assert data_of("b.html")[1] == pairs
 
 
 @pytest.mark.parametrize(
@@ -388,12 +512,20 @@ def test_nothing_in_a_text_is_markup(made):
 
 
 # ----------------------------------------------------------------------------------------------------- the colours
-def css_colours():
+def css_colours(mode):
+    """Of the light or the dark page -> {name: its linear red, green, blue}, of variables and of the levels -5 ... 5."""
     style = Path(heatmap.__file__).with_suffix(".html").read_text("utf-8")
-    found = dict(re.findall(r"\.l(-?\d) \{ background: (#\w+) \}", style))
-    ink = re.search(r"\[class\^=l\] \{[^}]* color: (#\w+)", style)[1]
-    assert sorted(map(int, found)) == list(range(-5, 6))
-    return ink, {int(k): value for k, value in found.items()}
+    light, dark = [dict(re.findall(r"--(\w+): (#\w+)", line)) for line in re.findall(r"  --page: .*", style)]
+    found = {name: value.ljust(7, value[-1]) for name, value in (light if mode == "light" else dark).items()}
+    shares = {int(k): int(share) / 100 for k, share in re.findall(r"\.l(\d)[^{]*\{ --share: (\d+)%", style)}
+    assert sorted(shares) == list(range(6)) and set(light) == set(dark)
+    mixed = {}
+    for k in range(-5, 6):
+        names = ("orange" if k < 0 else "blue", "zero")
+        hue, zero = [[int(found[name][i : i + 2], 16) for i in (1, 3, 5)] for name in names]
+        share = shares[abs(k)]
+        mixed[k] = "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in zip(hue, zero))
+    return found | mixed
 
 
 def linear(colour):
@@ -402,27 +534,40 @@ def linear(colour):
     return torch.tensor([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts])
 
 
-def test_text_can_be_read_on_every_colour():
-    """WCAG's contrast of at least 4.5:1, for the tokens, the page and the line at its foot."""
-    ink, grounds = css_colours()
-    weights = torch.tensor([0.2126, 0.7152, 0.0722])
-    for pair in [(ink, ground) for ground in grounds.values()] + [("#1a1a1a", "#ffffff")]:
-        dark, light = sorted((linear(colour) @ weights).item() for colour in pair)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair
+def contrast(one, other):
+    """WCAG's, of two colours."""
+    dark, light = sorted((linear(colour) @ torch.tensor([0.2126, 0.7152, 0.0722])).item() for colour in (one, other))
+    return (light + 0.05) / (dark + 0.05)
 
 
-def test_the_two_hues_differ_for_the_colour_blind():
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_text_can_be_read_on_every_colour(mode):
+    """A contrast of at least 4.5:1 for the tokens, and for the page and the box beside a token; 3:1 for lines."""
+    found = css_colours(mode)
+    for k in range(-5, 6):
+        assert contrast(found["token"], found[k]) >= 4.5, k
+    assert contrast(found["ink"], found["page"]) >= 4.5 and contrast(found["grey"], found["page"]) >= 3
+
+
+def test_one_palette():
+    """The light page has the two colours of the picture on the front page."""
+    found = css_colours("light")
+    assert (found["blue"], found["orange"]) == (BLUE, ORANGE) == (found[5], found[-5])
+
+
+@pytest.mark.parametrize("mode, least", [("light", (0.08, 0.2, 0.4)), ("dark", (0.02, 0.05, 0.2))])
+def test_the_two_hues_differ_for_the_colour_blind(mode, least):
     """Machado et al. 2009, no red, no green or no blue cones: k and -k stay apart."""
     kinds = [
         [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
     ]
-    _, grounds = css_colours()
+    found = css_colours(mode)
     for kind in kinds:
-        seen = {k: torch.tensor(kind) @ linear(colour) for k, colour in grounds.items()}
+        seen = {k: torch.tensor(kind) @ linear(found[k]) for k in range(-5, 6)}
         apart = [(seen[k] - seen[-k]).norm().item() for k in range(1, 6)]
-        assert apart[0] > 0.08 and min(apart[1:]) > 0.2 and apart[4] > 0.4, apart
+        assert apart[0] > least[0] and min(apart[1:]) > least[1] and apart[4] > least[2], apart
 
 
 # ------------------------------------------------------------------------------------------------------- the terminal
@@ -499,20 +644,28 @@ def test_what_cannot_be_used(made, bench, capsys, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- in the browser
-TOKENS = "[...document.querySelectorAll('#pair-{row} [role=listbox]')[{side}].children]"
+TOKENS = "[...document.querySelectorAll('#pair-{row} [role=listbox]')[{side}].querySelectorAll('[role=option]')]"
+TITLES = {"reward r̂": "rhat", "true reward": "truth", "guidance f": "f", "force": "force", "shift": "shift"}
+SET = "(e => {{ e.value = '{}'; e.dispatchEvent(new Event('{}', {{bubbles: true}})) }})(document.getElementById('{}'))"
 
 
 def status_numbers(browser):
-    """The line at the foot -> (where, {quantity: number})."""
+    """What stands beside a token -> (where, {quantity: number}), the pushes by TGDPO and by DPO among them."""
     text = browser.js("document.getElementById('status').textContent")
-    found = re.findall(r"(rhat|f|weight|shift) ([-+]?[\d.]+(?:e-?\d+)?)(?=, |$)", text)
-    return text, {name: float(value) for name, value in found}
+    where, *lines = text.split("\n")
+    found = {TITLES[title]: float(n) for title, n in (line.rsplit(" ", 1) for line in lines[:-1])}
+    if lines:
+        found["push"], found["dpo"] = map(float, re.fullmatch(r"push on log π (\S+), by DPO (\S+)", lines[-1]).groups())
+    return where, found
 
 
 def levels(values, quantity):
     """What a value's colour must be, -5 ... 5: rounded half up, as JavaScript does."""
     steps = [math.floor(5 * (v - quantity["neutral"]) / quantity["scale"] + 0.5) for v in values]
     return [f"l{max(-5, min(5, k))}" for k in steps]
+
+
+CLASSES = ".map(e => e.className.split(' ')[0])"
 
 
 def test_browser_page(browser, made):
@@ -526,7 +679,7 @@ def test_browser_page(browser, made):
     assert browser.js("document.querySelectorAll('img, iframe, link, b').length") == 0
     assert browser.js("document.querySelectorAll('script:not([type])').length") == 1
     assert browser.js("window.planted") is None
-    assert browser.js("[...document.querySelectorAll('details')].map(e => e.open)") == [True, False, True]
+    assert browser.js("[...document.querySelectorAll('article details')].map(e => e.open)") == [True, False, True]
     # The policy itself holds what gets past the escaping; the other direction of this test.
     assert not browser.complaints()
     browser.js("document.body.append(Object.assign(document.createElement('script'), {text: 'window.planted = 3'}))")
@@ -539,20 +692,23 @@ def test_browser_switch_hover_keys(browser, made):
     browser.open(made.page)
     want = by_hand(made, ROWS[0], made.reference, made.judge, made.policy)
     facts, pairs = data_of(made.page)
-    for name in ("rhat", "weight", "f", "shift"):
+    for name in ("rhat", "force", "f", "shift"):
         browser.mouse(f"input[value={name}]", click=True)
         for row in (0, 2):
             for side, words in enumerate(("chosen", "rejected")):
-                found = browser.js(TOKENS.format(row=row, side=side) + ".map(e => e.className)")
+                found = browser.js(TOKENS.format(row=row, side=side) + CLASSES)
                 assert found == levels(pairs[row][words][name], facts["quantities"][name]), name
         legend = browser.js("[...document.querySelectorAll('#scale li')].map(e => e.textContent)")
         scale = facts["quantities"][name]["scale"]
-        assert len(legend) == 11 and float(legend[5]) == (name == "f") and legend[0].startswith("≤ ")
-        assert float(legend[8]) == pytest.approx((name == "f") + 0.6 * scale)
+        neutral = name in ("f", "force")
+        assert len(legend) == 11 and float(legend[5]) == neutral and legend[0].startswith("≤ ")
+        assert float(legend[8]) == pytest.approx(neutral + 0.6 * scale)
+        assert browser.js("document.getElementById('meaning').textContent") == heatmap.QUANTITIES[name][2]
     browser.mouse("#pair-0 [role=option]:nth-child(5)")
     text, numbers = status_numbers(browser)
     assert text.startswith("Pair 0, chosen, token 5 of ")
     assert all(near([numbers[name]], [want["chosen", name][4]]) for name in facts["quantities"]), text
+    assert near([numbers["push"], numbers["dpo"]], [want["dpo"] * want["chosen", "force"][4], want["dpo"]])
     browser.js("document.querySelector('#pair-0 summary').focus()")
     for keys, side, at in (["Tab", "ArrowRight", "ArrowRight"], 0, 2), (["End", "ArrowRight", "ArrowLeft"], 0, -2):
         for key in keys:
@@ -569,7 +725,9 @@ def test_browser_switch_hover_keys(browser, made):
     browser.key("ArrowUp")
     assert browser.js(TOKENS.format(row=0, side=0) + ".indexOf(document.activeElement)") == 0
     browser.key("Tab")
-    assert status_numbers(browser)[0].startswith("Pair 0, rejected, token 1 of ")
+    text, numbers = status_numbers(browser)
+    assert text.startswith("Pair 0, rejected, token 1 of ")
+    assert near([numbers["push"], numbers["dpo"]], [-want["dpo"] * want["rejected", "force"][0], -want["dpo"]])
     stops = browser.js(TOKENS.format(row=0, side=0) + ".filter(e => e.tabIndex === 0).length")
     assert stops == 1 and not browser.complaints()
 
@@ -585,6 +743,7 @@ def test_browser_accessible(browser, made):
     assert {"main", "banner", "region", "heading", "status", "listbox", "option", "combobox", "spinbutton"} <= set(
         named
     )
+    assert [name.strip() for name in named["slider"]] == ["α"]
     for role in ("region", "listbox", "option", "radio", "combobox", "spinbutton", "heading", "article"):
         assert all(name.strip() for name in named[role]), role
     assert len(named["radio"]) == 4 and named["group"].count("Colour") == 1
@@ -597,20 +756,19 @@ def test_browser_order_and_jump(browser, made):
     browser.open(made.page)
     facts, _ = data_of(made.page)
     order = "[...document.querySelectorAll('article')].map(e => +e.id.slice(5))"
-    choose = "(e => {{ e.value = '{}'; e.dispatchEvent(new Event('change', {{bubbles: true}})) }})({})"
 
     def sorted_by(key):
         return [about["row"] for about in sorted(facts["pairs"], key=key)]
 
-    browser.js(choose.format("peak", "document.getElementById('order')"))
+    browser.js(SET.format("peak", "change", "order"))
     assert browser.js(order) == sorted_by(lambda about: -about["peaks"]["rhat"])
     browser.mouse("input[value=shift]", click=True)
     assert browser.js(order) == sorted_by(lambda about: -about["peaks"]["shift"])
-    browser.js(choose.format("loss", "document.getElementById('order')"))
+    browser.js(SET.format("loss", "change", "order"))
     assert browser.js(order) == sorted_by(lambda about: -about["loss"]) != [0, 1, 2]
-    browser.js(choose.format("", "document.getElementById('order')"))
+    browser.js(SET.format("", "change", "order"))
     assert browser.js(order) == [0, 1, 2]
-    browser.js(choose.format("7", "document.getElementById('jump')"))
+    browser.js(SET.format("7", "change", "jump"))
     assert status_numbers(browser)[0] == "There is no pair 7."
     assert not browser.complaints()
 
@@ -624,18 +782,135 @@ def test_browser_300_pairs(browser, made, tmp_path):
         columns = {name: values * 500 for name, values in pairs[2][side].items()}
         sides[side] = {name: values[:500] for name, values in columns.items()}
     many = [pairs[2] | sides | {"row": k} for k in range(300)]
-    (tmp_path / "many.html").write_text(heatmap.page({key: facts[key] for key in ("about", "quantities")}, many))
+    (tmp_path / "many.html").write_text(heatmap.page({key: facts[key] for key in facts if key != "pairs"}, many))
     browser.open(tmp_path / "many.html")
     seconds = browser.js("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") / 1e3
     built = "[...document.querySelectorAll('article')].filter(e => e.children.length).map(e => e.id)"
     first = browser.js(built)
     print(f"300 pairs, {(tmp_path / 'many.html').stat().st_size / 1e6:.1f} MB: {seconds:.2f} s, {len(first)} built")
     assert seconds < 5 and 1 <= len(first) < 30 and first[0] == "pair-0"
-    browser.js(
-        "(e => { e.value = 250; e.dispatchEvent(new Event('change', {bubbles: true})) })"
-        "(document.getElementById('jump'))"
-    )
+    browser.js(SET.format(250, "change", "jump"))
     browser.settle()
     assert "pair-250" in browser.js(built) and "pair-150" not in browser.js(built)
-    assert len(browser.js(TOKENS.format(row=250, side=0) + ".map(e => e.className)")) == 500
+    assert len(browser.js(TOKENS.format(row=250, side=0) + CLASSES)) == 500
     assert not browser.complaints()
+
+
+def test_browser_slider(browser, made):
+    """Another α: f and the force at π_ref by hand, in colours, in the box and marked where f <= 0; and back."""
+    page = made.make("no_floor.html", policy=made.policy, guidance_floor=None)
+    facts, pairs = data_of(page)
+    browser.open(page)
+    before = browser.js(TOKENS.format(row=2, side=0) + CLASSES)
+    assert browser.js("document.getElementById('alpha').value") == "2"
+    assert browser.js("document.getElementById('reset').hidden") is True
+    browser.js(SET.format(7.5, "input", "alpha"))
+    assert browser.js("document.querySelector('#switch :checked').value") == "f"
+    assert "7.5" in browser.js("document.getElementById('value').textContent")
+    for name in ("f", "force"):
+        browser.mouse(f"input[value={name}]", click=True)
+        for side, (words, sign) in enumerate((("chosen", 1), ("rejected", -1))):
+            want = [1 + sign * 7.5 * r for r in pairs[2][words]["rhat"]]
+            found = browser.js(TOKENS.format(row=2, side=side) + ".map(e => e.className)")
+            assert [c.split()[0] for c in found] == levels([float(f"{f:.4g}") for f in want], facts["quantities"][name])
+            assert ["turned" in c for c in found] == [f <= 0 for f in want]
+            assert any(f <= 0 for f in want), "no f turned: a weak test"
+    assert browser.js("getComputedStyle(document.querySelector('.turned')).textDecorationStyle") == "dashed"
+    assert "at π_ref" in browser.js("document.getElementById('meaning').textContent")
+    browser.mouse("#pair-2 section:nth-of-type(2) [role=option]:nth-child(2)")
+    f, (_, numbers) = 1 - 7.5 * pairs[2]["rejected"]["rhat"][1], status_numbers(browser)
+    assert near([numbers[n] for n in ("f", "force", "push", "dpo")], [f, f, -0.15 * f, -0.15])
+    assert numbers["shift"] == pairs[2]["rejected"]["shift"][1]
+    browser.open(made.page)  # with its floor of 0.25
+    browser.js(SET.format(20, "input", "alpha"))
+    browser.mouse("#pair-2 [role=option]:nth-child(1)")
+    rhat = pairs[2]["chosen"]["rhat"]
+    low = min(range(len(rhat)), key=lambda k: rhat[k])
+    browser.mouse(f"#pair-2 [role=option]:nth-child({low + 1})")
+    assert status_numbers(browser)[1]["f"] == 0.25 and not browser.js("document.querySelectorAll('.turned').length")
+    browser.mouse("#reset", click=True)
+    browser.mouse("input[value=rhat]", click=True)
+    assert browser.js(TOKENS.format(row=2, side=0) + CLASSES) == before
+    browser.mouse(f"#pair-2 [role=option]:nth-child({low + 1})")
+    assert near([status_numbers(browser)[1]["force"]], [data_of(made.page)[1][2]["chosen"]["force"][low]])
+    assert not browser.complaints()
+
+
+def test_browser_without_a_slider(browser, made, monkeypatch):
+    """Another guidance: the page says so, shows its code and has no slider."""
+    monkeypatch.setattr(tgdpo, "guidance", exponential)
+    browser.open(made.make("sliderless.html"))
+    assert browser.js("document.getElementById('slider').checkVisibility()") is False
+    said = browser.js("document.getElementById('guidance').innerText")
+    assert "no slider" in said and "return (side * alpha * rewards).exp()" in said
+    assert browser.js("document.querySelectorAll('#scale li').length") == 11 and not browser.complaints()
+
+
+def test_browser_truth(browser, tiny):
+    """The page opens on the pair where r̂ and the truth differ most; under a word a line for r̂, one for the truth."""
+    facts, pairs = data_of(tiny.page)
+    browser.open(tiny.page)
+    order = [about["row"] for about in sorted(facts["pairs"], key=lambda about: -about["peaks"]["differ"])]
+    assert order != [0, 1, 2], "the order of the data: a weak test"
+    assert browser.js("[...document.querySelectorAll('article')].map(e => +e.id.slice(5))") == order
+    for quantity in ("rhat", "f"):
+        browser.mouse(f"input[value={quantity}]", click=True)
+        assert browser.js("document.querySelector('.names').dataset.value") == heatmap.QUANTITIES[quantity][0]
+        for pair in pairs:
+            for side, words in enumerate(("chosen", "rejected")):
+                tokens, column = TOKENS.format(row=pair["row"], side=side), pair[words]
+                assert browser.js(tokens + CLASSES) == levels(column[quantity], facts["quantities"][quantity])
+                values = browser.js(tokens + ".map(e => +e.dataset.value)")
+                assert values == pytest.approx(column[quantity], abs=0.0051)
+                values = browser.js(tokens + ".map(e => [+e.lastChild.dataset.value, e.lastChild.className])")
+                truth = column["truth"]
+                assert values == [*map(list, zip(truth, levels(truth, facts["quantities"]["truth"])))]
+    tops = browser.js(  # the word, its number, the truth: one below the other, as is what names the lines
+        "['[role=option]', '.names'].map(s => document.querySelector(s)).map(e => [e, e.lastChild]"
+        ".map(e => e.getBoundingClientRect().top))"
+    )
+    assert tops[0] == tops[1] and tops[0][1] - tops[0][0] > 30
+    browser.js("document.querySelector('[role=option]').classList.add('turned')")
+    style = "getComputedStyle(document.querySelector('[role=option]'), {}).textDecorationStyle"
+    assert [browser.js(style.format(part)) for part in ("null", "'::after'")] == ["solid", "dashed"], "the number alone"
+    browser.mouse("#pair-1 [role=option]:nth-of-type(7)")  # .names is the first span
+    assert status_numbers(browser)[1]["truth"] == 2 and not browser.complaints()
+
+
+@pytest.mark.parametrize("width", [1280, 500, 360])
+def test_browser_fits(browser, made, tiny, width):
+    """Nothing is wider than the window; the box stands beside its token, inside the window, until Escape."""
+    browser("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=True)
+    for page, token in ((tiny.page, "#pair-0 [role=option]"), (made.page, "#pair-2 [role=option]")):
+        browser.open(page)
+        for name in ("force", "f"):
+            browser.mouse(f"input[value={name}]", click=True)
+            assert browser.js("document.documentElement.scrollWidth") <= width
+        for k in (1, 4, 6):
+            browser.mouse(f"{token}:nth-of-type({k + 1})")
+            box, at = browser.js(
+                f"[document.getElementById('status').getBoundingClientRect(),"
+                f"document.querySelectorAll('{token}')[{k - (page == tiny.page)}].getBoundingClientRect()]"
+                ".map(r => [r.left, r.top, r.right, r.bottom])"
+            )
+            assert box[0] >= 0 and box[2] <= width and 0 <= box[1] and box[3] <= 900
+            assert 0 <= box[1] - at[3] <= 10 or 0 <= at[1] - box[3] <= 10
+            assert box[0] <= at[0] + 1 <= box[2]
+        browser.key("Escape")
+        assert browser.js("getComputedStyle(document.getElementById('status')).visibility") == "hidden"
+    browser("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
+
+
+def test_browser_dark(browser, tiny):
+    """The window's colour scheme is followed, and the colours are those that were tested above."""
+    for mode in ("dark", "light"):
+        browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}])
+        browser.open(tiny.page)
+        want, paint = css_colours(mode), "(e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color])"
+        shown = browser.js(f"[document.body, ...document.querySelectorAll('#scale li')].map({paint})")
+        names = [("page", "ink")] + [(k, "token") for k in range(-5, 6)]
+        for found, names in zip(shown, names):
+            for text, name in zip(found, names):
+                numbers = [float(x) for x in re.findall(r"[\d.]+", text)]
+                bytes_ = [255 * x for x in numbers] if text.startswith("color(") else numbers
+                assert bytes_ == pytest.approx([int(want[name][i : i + 2], 16) for i in (1, 3, 5)], abs=1), (mode, name)
