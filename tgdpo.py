@@ -40,7 +40,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, partial, reduce
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 from unittest.mock import patch
@@ -735,13 +735,14 @@ def is_numbers(value):
     """Whether a field is a list of numbers."""
     return isinstance(value, list) and {type(x) for x in value} in ({int}, {float}, {int, float})
 
-def own_numbers(row, index, name, ids):
+def own_numbers(row, index, name, ids, tokenizer):
     """A row's own numbers for the tokens of a response, checked: finite, one for each token."""
     values = row.get(name)
     found = f"{len(values)} values" if is_numbers(values) else "no list of numbers"
     need(is_numbers(values) and len(values) == len(ids) and all(abs(x) < 3e38 for x in values),
          f"row {index}: {name} has {found}; expected {len(ids)} finite numbers, one for each token "
-         "of the response, its end token included")  # 3e38: as float32, and no NaN
+         f"of the response; the last ones are {tokenizer.convert_ids_to_tokens(ids[-3:])}; "
+         "scripts/show_tokens.py lists all")  # 3e38: as float32, and no NaN
     return values
 
 def tokenize(rows, tokenizer, max_length, source):
@@ -771,7 +772,7 @@ def tokenize(rows, tokenizer, max_length, source):
         pair = {"index": index, "prompt_ids": short} | dict(zip(IDS, cut))
         for name in own:
             side = SIDES.index(name.split("_")[0])
-            pair[name] = own_numbers(row, index, name, whole[side])[:len(cut[side])]
+            pair[name] = own_numbers(row, index, name, whole[side], tokenizer)[:len(cut[side])]
         used.append(pair)
         cuts["prompts"] += len(short) < len(prompt)
         cuts["responses"] += sum(len(a) < len(b) for a, b in zip(cut, whole))
@@ -1365,7 +1366,6 @@ def read_annotation(file, pairs):
 # ------------------------------------------------------------ 9. main
 def reward_then_train(options, tokenizer, pairs, counts):
     """Annotate pairs with what the loss needs, then train; all goes into options.output_dir."""
-    judge, beta = options.reward_model, options.reward_beta or options.beta
     split_rows(len(pairs), options)  # raises now what training would raise later
     once(make_folder, options.output_dir)
     once(make_folder, options.cache_dir)
@@ -1377,21 +1377,32 @@ def reward_then_train(options, tokenizer, pairs, counts):
     facts = {"data": pairs_fingerprint(pairs), "pairs_per_step": batch_size(options),
              "pairs": counts, "code": code_fingerprint(options.loss),
              "model": once(model_fingerprint, options.model_name_or_path)}
-    if options.loss not in NO_REFERENCE and "chosen_ref_logps" not in pairs.column_names:
+    judge = options.reward_model or f"{options.output_dir}/reward_model"
+    columns, beta = pairs.column_names, options.reward_beta or options.beta
+    needs_reference = options.loss not in NO_REFERENCE and "chosen_ref_logps" not in columns
+    needs_rewards = options.loss not in NO_REWARDS and "chosen_rewards" not in columns
+    trains_judge = needs_rewards and not options.reward_model
+    number, last = count(1), 1 + needs_reference + needs_rewards + trains_judge
+
+    def begin(stage):
+        """Say which stage begins."""
+        print(f"{next(number)}/{last} {stage}")
+    if needs_reference:
+        begin("log-probs of the reference")
         reference = options.ref_model or options.model_name_or_path
         facts["reference"] = once(model_fingerprint, reference)
         pairs = annotate(pairs, "ref_logps", reference, options)
-    if options.loss not in NO_REWARDS and "chosen_rewards" in pairs.column_names:
-        unused = "; --reward_model is not used" if judge else ""
-        print(f"token rewards: the columns chosen_rewards, rejected_rewards{unused}")
-    elif options.loss not in NO_REWARDS:
-        if not judge:
-            judge = f"{options.output_dir}/reward_model"
-            print("no --reward_model: one is trained first, by DPO on the same pairs")
-            stage = replace(options, loss="dpo", beta=beta, output_dir=judge)
-            train(stage, pairs, tokenizer, facts)
+    if trains_judge:
+        begin("reward model, since none is given: DPO on the same pairs")
+        train(replace(options, loss="dpo", beta=beta, output_dir=judge), pairs, tokenizer, facts)
+    if needs_rewards:
+        begin("log-probs of the reward model")
         facts["reward_model_fingerprint"] = once(model_fingerprint, judge)
         pairs = add_token_rewards(annotate(pairs, "rm_logps", judge, options), beta)
+    elif options.loss not in NO_REWARDS:
+        unused = "; --reward_model is not used" if options.reward_model else ""
+        print(f"token rewards: the columns chosen_rewards, rejected_rewards{unused}")
+    begin(f"policy: {options.loss}")
     train(options, pairs, tokenizer, facts)
 
 def check_vocabulary(name, tokenizer):

@@ -42,7 +42,7 @@ def show(own):
             print(f"{place:5} {i:7}  {text:18}{''.join(numbers)}".rstrip())
     for name in names:
         for side, ids in zip(tgdpo.SIDES, responses):
-            tgdpo.own_numbers(row, own.row, f"{side}_{name}", ids)
+            tgdpo.own_numbers(row, own.row, f"{side}_{name}", ids, tokenizer)
 
 
 def main(argv):

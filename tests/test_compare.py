@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 import compare
 import export
 import show_tokens
+import sweep
 import tgdpo
-from conftest import CHATML, eight_pairs, make_model, word_tokenizer, write_rows
+from conftest import CHATML, eight_pairs, make_model, rows_of, word_tokenizer, write_rows
 from start_model import train_tokenizer
 from test_fsdp import free_port
+from test_train import curve
 
 
 def one_line(capsys, *parts):
@@ -371,3 +373,35 @@ def test_a_row_that_is_not_there(tmp_path, capsys, row):
     word_tokenizer().save_pretrained(tmp_path)
     shown(tmp_path, eight_pairs(), status=2, row=row)
     one_line(capsys, f"--row is {row}; ", "has 0 to 7")
+
+
+# ------------------------------------------------------------------------------------------------------------- sweep.py
+def test_a_sweep_over_alpha_trains_the_dpo_model_once_and_changes_nothing(bench, capsys):
+    options = dict(max_steps=3, eval_size=2)
+    argv = ["--vary", "alpha", "0.1", "0.4", *bench.argv(out=bench.folder / "sweep", **options)]
+    assert sweep.main(argv) == 0
+    text, runs = capsys.readouterr().out, [bench.folder / "sweep" / f"alpha-{alpha}" for alpha in ("0.1", "0.4")]
+    assert text.count("reward model, since none is given") == 1 and not (runs[1] / "reward_model").exists()
+    assert "options that differ" in text and "alpha-0.4" in text
+    own, _ = bench.train(alpha=0.4, **options)
+    assert curve(rows_of(runs[1])) == curve(own)
+    # the same command goes on where a kill has left off
+    tgdpo.record(runs[1], finished=False)
+    assert sweep.main(argv) == 0
+    assert "alpha-0.1: finished already" in capsys.readouterr().out and curve(rows_of(runs[1])) == curve(own)
+
+
+@pytest.mark.parametrize(
+    "vary, said",
+    [
+        ([], "--vary: expected it once"),
+        (["--vary", "alpha", "0.1"], "at least two different values"),
+        (["--vary", "alpha", "0.1", "x"], "invalid float value: 'x'"),
+        (["--vary", "alpha", "0.1", "-1"], "expected a number, 0 or above"),
+        (["--vary", "output_dir", "a", "b"], "each run has its own"),
+    ],
+)
+def test_a_sweep_that_cannot_be(bench, vary, said, capsys):
+    assert sweep.main([*vary, *bench.argv(out=bench.folder / "sweep")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (bench.folder / "sweep").exists()
