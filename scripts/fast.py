@@ -262,8 +262,9 @@ def choose(pairs, options):
     RUN.trial, RUN.shared, RUN.tried = pairs[[longest]], options.shared_prompt, set()
     folder, name = Path(options.output_dir), options.model_name_or_path
     files = [file / "run.json" for file in (folder, folder / "reward_model") if options.resume]
-    for file in tgdpo.once(lambda: [file for file in files if file.exists()]):
-        RUN.shared = RUN.shared and json.loads(file.read_text()).get("prompts_shared", RUN.shared)
+    recorded = tgdpo.once(lambda: [json.loads(file.read_text()) for file in files if file.exists()])
+    if recorded:
+        RUN.shared = RUN.shared and recorded[0].get("prompts_shared", RUN.shared)
         return
     if RUN.shared:
         why = refusal(name, options, learn=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The lab: methods x sources of token rewards x alpha x beta x steps x seeds, judged where the truth is known.
 
-    python scripts/lab.py --quick                 does TGDPO beat DPO? 4 settings, 2 seeds: 3 minutes on 2 cores
+    python scripts/lab.py --quick                 does TGDPO beat DPO? 4 settings, 2 seeds: 5 minutes on 2 cores
     python scripts/lab.py                         the full study of scripts/lab/README.md
     python scripts/lab.py --report FOLDER         only the summary, the answers and the figures, from its results.jsonl
 
@@ -498,8 +498,8 @@ def figure_frontier(plt, rows):
     """Reward against KL: points are settings (means over seeds), lines the frontiers, bands their intervals."""
     figure, pair = plt.subplots(1, 2, figsize=(9, 5.6), sharey=True, layout="constrained")
     every, low, names = families(rows), -3, list(COLOURS)
-    for axes, names in zip(pair, (names[:4], names[:1] + names[4:7])):   # as they are compared, four lines each
-        for name in filter(every.get, names):
+    for axes, shown in zip(pair, (names[:4], names[:1] + names[4:7])):   # as they are compared, four lines each
+        for name in filter(every.get, shown):
             colour, seeds = COLOURS[name], group(every[name], "seed").values()
             for some in group(every[name], *SETTINGS).values():
                 kl, gain = [fmean(row[of] for row in some) for of in ("KL", "gain")]

@@ -909,8 +909,8 @@ def test_browser_dark(browser, tiny):
         want, paint = css_colours(mode), "(e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color])"
         shown = browser.js(f"[document.body, ...document.querySelectorAll('#scale li')].map({paint})")
         names = [("page", "ink")] + [(k, "token") for k in range(-5, 6)]
-        for found, names in zip(shown, names):
-            for text, name in zip(found, names):
+        for found, of in zip(shown, names):
+            for text, name in zip(found, of):
                 numbers = [float(x) for x in re.findall(r"[\d.]+", text)]
                 bytes_ = [255 * x for x in numbers] if text.startswith("color(") else numbers
                 assert bytes_ == pytest.approx([int(want[name][i : i + 2], 16) for i in (1, 3, 5)], abs=1), (mode, name)
