@@ -55,8 +55,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-TOKENIZER_FILES = ("tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt "
-                   "*.model chat_template* additional_chat_templates/*").split()
 SIDES, IDS = ("chosen", "rejected"), ("chosen_ids", "rejected_ids")
 INTS, FLOATS = [datasets.List(datasets.Value(kind)) for kind in ("int32", "float32")]
 
@@ -208,9 +206,9 @@ NO_REFERENCE, NO_REWARDS = {"simpo"}, {"dpo", "simpo"}  # losses that do without
 LOGITS_BYTES = 2**27  # of logits that exist at one time, 4 bytes each: 128 MiB
 
 def logits_rows(model, device):
-    """Response tokens whose logits exist at one time. More on a GPU: for each chunk it reads the
-    whole head, V H numbers, which pays for some thousand tokens, not for some hundred."""
-    most = LOGITS_BYTES * (1 if device.type == "cpu" else 8)
+    """Response tokens whose logits exist at one time. A GPU gets 8 times as many, in fewer chunks,
+    since each chunk reads the whole head, V H numbers."""
+    most = LOGITS_BYTES if device.type == "cpu" else 8 * LOGITS_BYTES
     return max(1, most // (4 * model.config.get_text_config().vocab_size))
 
 def collate(rows, device):
@@ -239,7 +237,8 @@ def collate(rows, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 def decoder(model):
-    """A model without its head. Some name as decoder a part of the head, or all of the model."""
+    """The part of a model before its head. For a few families get_decoder() returns another part:
+    all of the model, or a layer of the head. Then it is the attribute `model`."""
     named = model.get_decoder()
     if isinstance(named, transformers.PreTrainedModel) and not named.get_output_embeddings():
         return named
@@ -356,8 +355,8 @@ def losses_and_totals(model, batch, options):
     if options.loss == "tgdpo":
         f = torch.cat([guidance(r, options.alpha, side, options.guidance_floor)
                        for r, side in zip(columns["rewards"], (+1, -1))])  # (N, R)
-        at_1, *_ = dpo_loss(*logps.detach().chunk(2), *columns["ref_logps"], options.beta)
-        totals |= {"dpo_loss": at_1.sum(),  # with f = 1, to compare runs of different alpha
+        plain, *_ = dpo_loss(*logps.detach().chunk(2), *columns["ref_logps"], options.beta)
+        totals |= {"dpo_loss": plain.sum(),  # f = 1: comparable over runs of different alpha
                    "guidance/sum": (f * mask).sum(), "guidance/tokens": mask.sum(),
                    "guidance/min": f.where(mask, math.inf).min(),
                    "guidance/max": f.where(mask, -math.inf).max(),
@@ -404,15 +403,16 @@ def train(options, pairs, tokenizer, facts):
     step, window = load_checkpoint(folder, model, optimizer, scheduler)
     print(f"train {folder}: {options.loss}, {len(pairs)} pairs, {steps} steps")
     bar = tqdm(total=steps, initial=step, desc="train", disable=rank() > 0 or None)
-    with bar, open(os.devnull if rank() else folder / "metrics.jsonl", "a") as log:
+    with bar, open(os.devnull if rank() else folder / "metrics.jsonl", "a", buffering=1) as log:
         while step < steps:
             began, rows = time.perf_counter(), []
             batch = pairs.select(pairs_of_step(len(pairs), step, options))
             totals = run_pairs(model, batch, options, learn=True)
             norm = clip_gradients(model, options.max_grad_norm)
-            saved = ", ".join(path.name for path in checkpoints(folder)) or "none"
-            need(math.isfinite(norm), f"step {step + 1}: loss (of pairs {totals['not finite']}) or "
-                 f"gradient is no number; checkpoints: {saved}", Diverged)
+            if not math.isfinite(norm):
+                newest = (checkpoints(folder) or ["none"])[-1]
+                raise Diverged(f"step {step + 1}: loss (of pairs {totals['not finite']}) or "
+                               f"gradient is no number; newest checkpoint: {newest}")
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
@@ -434,7 +434,6 @@ def train(options, pairs, tokenizer, facts):
             for row in rows:
                 log.write(json.dumps({"step": step} | row) + "\n")
                 bar.write(in_words(step, row))
-            log.flush()
             if options.save_steps and step % options.save_steps == 0 and step < steps:
                 save_checkpoint(folder, model, optimizer, scheduler, step, window)
                 once(drop_checkpoints, folder, options.save_total_limit)
@@ -1037,10 +1036,11 @@ def shard(model, options):
     from torch.distributed import fsdp
     mesh, dtype = device_mesh(options.device, options.hsdp), getattr(torch, options.dtype)
     policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    names, times = model._no_split_modules or (), Counter(
-        parameter for _, parameter in model.named_parameters(remove_duplicate=False))
-    blocks = [module for module in [*model.modules()][::-1] if type(module).__name__ in names
-              and all(times[p] == 1 for p in module.parameters())]  # the inner ones come first
+    kinds = model._no_split_modules or ()
+    times = Counter(p for _, p in model.named_parameters(remove_duplicate=False))  # 2: tied
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds
+              and all(times[p] == 1 for p in module.parameters())]
+    blocks.reverse()  # a block inside another one must be sharded first
     if not blocks:
         print(f"{type(model).__name__} has no known blocks: each GPU gathers all of it at once")
     for unit in [*blocks, model]:  # the last one has the rest: embedding, head, norm, tied weights
@@ -1048,6 +1048,7 @@ def shard(model, options):
     model.token_logps = partial(token_logps, model)  # no autocast: the policy does the casting
     fsdp.register_fsdp_forward_method(model, "token_logps")  # gathers the last unit when it runs
 
+@lru_cache  # the hub is asked once
 def model_folder(name):
     """The local directory of a model; a hub name is downloaded once, weights as safetensors."""
     if os.path.isdir(name):
@@ -1094,14 +1095,16 @@ def prepare_model(model, options):
     """Eval mode: policy and reference run the same forward, without dropout and noise. What stands
     beside the decoder, such as a vision tower, gets no gradient and is frozen."""
     model.eval()
-    trained, body = {*decoder(model).parameters()}, model.base_model
-    for parameter in body.parameters() if body is not model else ():
-        parameter.requires_grad_(parameter in trained)
+    trained = {*decoder(model).parameters()}
+    if model.base_model is not model:  # the base model is all but the head
+        for parameter in model.base_model.parameters():
+            parameter.requires_grad_(parameter in trained)
     if options.gradient_checkpointing:
         with reading("--gradient_checkpointing for this model"):
             model.activation_checkpointing_enable()
         for block in model.modules():
-            block.training = hasattr(block, "gradient_checkpointing")  # it asks itself alone
+            # a block recomputes only in training mode; what is inside it stays in eval mode
+            block.training = hasattr(block, "gradient_checkpointing")
     return model
 
 @torch.no_grad()
@@ -1170,6 +1173,9 @@ def read_record(folder):
     """What run.json in a folder says."""
     with reading(folder / "run.json"):
         return json.loads((folder / "run.json").read_text())
+
+TOKENIZER_FILES = ("tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt "
+                   "*.model chat_template* additional_chat_templates/*").split()
 
 def write_model(model, tokenizer, folder, weights=None):
     """Write a Hugging Face directory. The tokenizer comes last and completes it: its files as they
@@ -1242,7 +1248,6 @@ def drop_checkpoints(folder, keep):
     """Delete all but the newest checkpoints; with None, none."""
     for path in checkpoints(folder)[:-keep] if keep else []:
         shutil.rmtree(path.rename(path.with_suffix(".saving")))  # a kill leaves no half of one
-
 
 def load_checkpoint(folder, model, optimizer, scheduler):
     """Restore the newest checkpoint, drop later metrics -> (step, window); (0, {}) without one."""
@@ -1423,8 +1428,9 @@ def read_data(options):
     tokenizer = load_tokenizer(options.model_name_or_path)
     for name in filter(None, (options.model_name_or_path, options.ref_model, options.reward_model)):
         check_vocabulary(name, tokenizer)
-        length = min(length, getattr(load_config(name), "max_position_embeddings", None) or length)
-        rope = getattr(load_config(name), "rope_parameters", None) or {}
+        config = load_config(name)
+        length = min(length, getattr(config, "max_position_embeddings", None) or length)
+        rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":  # its angles jump where a batch is longer than this
             length = min(length, rope.get("original_max_position_embeddings", length))
     if length < options.max_length:
@@ -1441,13 +1447,13 @@ def run(argv):
     options = read_options(argv)
     options = once(lambda: options)  # rank 0's, which has the time and a process number in it
     once(open_folder, Path(options.output_dir), options)
-    if options.model_name_or_path:
-        work = partial(reward_then_train, options, *once(read_data, options))
-    else:
-        once(show_decomposition)
-        work = partial(run_small, options)
+    data = once(read_data, options) if options.model_name_or_path else None
     with lock(options.output_dir):
-        work()
+        if data:
+            reward_then_train(options, *data)
+        else:
+            once(show_decomposition)
+            run_small(options)
     print(f"done: {options.output_dir}")
 
 def quiet():
@@ -1489,7 +1495,8 @@ def main(argv):
     return status
 
 def leave(status):
-    """End the process; where the others are gone, without the end of gloo's threads: they abort."""
+    """End the process with a status. After a failure under torchrun the other ranks may be gone.
+    Python's own exit would then wait for gloo's threads, which abort; so it ends at once."""
     sys.stdout.flush()
     if status and dist.is_initialized():
         os._exit(status)

@@ -335,9 +335,12 @@ def run(options):
     kept.unlink()
     capped = counts["fewest"] < options.max_new_tokens
     limit = f"{counts['fewest']} tokens" if capped else f"--max_new_tokens {options.max_new_tokens}"
-    print(f"{file}: {len(forms)} prompts answered by {options.generator}"
-          + f"; {counts['cut']} prompts lost their left end: the model has {length} positions" * bool(counts["cut"])
-          + f"; {counts['unfinished']} answers were cut at {limit}" * bool(counts["unfinished"]))
+    said = [f"{file}: {len(forms)} prompts answered by {options.generator}"]
+    if counts["cut"]:
+        said.append(f"{counts['cut']} prompts lost their left end: the model has {length} positions")
+    if counts["unfinished"]:
+        said.append(f"{counts['unfinished']} answers were cut at {limit}")
+    print("; ".join(said))
 
 
 def main(argv):

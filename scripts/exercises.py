@@ -125,8 +125,11 @@ def student_source(functions):
     source = source.replace('option("~/.cache/tgdpo",',
                             'option(f"~/.cache/tgdpo-student/{os.stat(__file__).st_mtime_ns}",\n       ')
     shebang, rest = source.split("\n", 1)
-    names = textwrap.fill("To write: " + ", ".join(functions), 110, initial_indent="# ", subsequent_indent="#   ")
-    source = "\n".join([shebang, "# A student's copy of tgdpo.py.", *[names] * bool(functions), HEADER, rest])
+    head = [shebang, "# A student's copy of tgdpo.py."]
+    if functions:
+        names = "To write: " + ", ".join(functions)
+        head.append(textwrap.fill(names, 110, initial_indent="# ", subsequent_indent="#   "))
+    source = "\n".join([*head, HEADER, rest])
     chosen = [(find(source, e.function), e) for e in EXERCISES if e.function in functions]
     for node, exercise in sorted(chosen, key=lambda pair: -pair[0].lineno):   # from below: lines above stay in place
         source = blank(source, node, exercise)
@@ -215,7 +218,7 @@ def check(file):
         result = "passed" if not wrong else "not yet" if "not written yet" in wrong[0] else "failed"
         passed, right = passed + (not wrong), right and not wrong
         row = f"{e.function:24}{e.tags:16}{e.difficulty:10}{e.minutes:9}  {result:9}"
-        row += "given; it calls one of yours, or was changed: " * given
+        row += "given; it calls one of yours, or was changed: " if given else ""
         print((row + (wrong or said or [""])[0]).rstrip())
     print(f"{passed} of {len(mine)} passed")
     return right

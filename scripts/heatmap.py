@@ -215,7 +215,7 @@ def paint(text, value, neutral, scale):
 
 def print_pairs(facts, pairs, name):
     """The pairs in the terminal, by one quantity; in the tiny languages r̂ and the truth on adjacent lines."""
-    lines = [name] + ["truth"] * (name == "rhat" and "truth" in facts["quantities"])
+    lines = ["rhat", "truth"] if name == "rhat" and "truth" in facts["quantities"] else [name]
     print("; ".join(facts["about"]), facts["guidance"]["text"], sep="\n")
     for line in lines:
         title, neutral, scale, words = facts["quantities"][line].values()

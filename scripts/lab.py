@@ -111,7 +111,8 @@ def name_of(row):
     """A setting in plain words."""
     letters = {"beta": "β1" if row["method"].startswith("rto") else "β", "alpha": "α", "floor": "f ≥"}
     numbers = [f"{letter} {row[name]:g}" for name, letter in letters.items() if row[name]]
-    return ", ".join([family(row) + ", scaled" * row["source"].endswith(" scaled"), *numbers])
+    scaled = ["scaled"] if row["source"].endswith(" scaled") else []
+    return ", ".join([family(row), *scaled, *numbers])
 
 
 # ---------------------------------------------------------------------------------------------------------- the world
@@ -506,7 +507,7 @@ def figure_frontier(plt, rows):
                 at, mark = (gain, "o") if gain >= low else (low - 0.5, "v")
                 axes.plot(kl, at, mark, color=colour, alpha=0.7, markersize=4, markeredgewidth=0)
             first = max(min(row["KL"] for row in some) for some in seeds)   # from here on every seed has a point
-            kls = [first * (max(KLS) / first) ** (i / 80) for i in range(81)] * (first < max(KLS))
+            kls = [first * (max(KLS) / first) ** (i / 80) for i in range(81)] if first < max(KLS) else []
             lines = [interval(frontier(some, kl) for some in seeds) for kl in kls]
             axes.plot(kls, [mean for mean, _ in lines], color=colour, label=name, linewidth=2)
             axes.fill_between(kls, *([mean + sign * half for mean, half in lines] for sign in (-1, 1)), color=colour,

@@ -304,7 +304,7 @@ def main(argv):
 
 
 def report(plan, options):
-    """All that the plan prints."""
+    """Print the plan: what is trained on what, then memory, then hours."""
     options = tgdpo.replace(options, max_length=min(options.max_length, longest(options.model_name_or_path)))
     pairs, tokens, mean, response, own_rewards, source = lengths_of(options, plan)
     shards = plan.gpus_per_machine if options.hsdp else plan.gpus
@@ -319,6 +319,12 @@ def report(plan, options):
     passes = options.gradient_accumulation_steps
     print(f"a step: {batch} pairs = {plan.gpus} GPUs x {micro} in a pass x {passes} passes")
     print(f"data: {pairs} pairs, {mean} tokens in a sequence on average ({source})")
+    report_memory(plan, options, own_rewards, tokens, shards)
+    report_hours(plan, options, own_rewards, tokens, shards, pairs, mean, response)
+
+
+def report_memory(plan, options, own_rewards, tokens, shards):
+    """Print the memory of each stage, and whether it fits."""
     print("\nestimated GiB on each GPU, all sequences at the longest")
     needed, usable = 0, USABLE * plan.gpu_memory * GIB
     for stage, name, trains in stages_of(options, own_rewards):
@@ -333,11 +339,17 @@ def report(plan, options):
         print(f"does not fit: {needed / GIB:.0f} GiB, and {100 * USABLE:.0f} % of {plan.gpu_memory:g} GiB are "
               f"{usable / GIB:.0f}")
         print(remedies(options, own_rewards, tokens, shards, usable))
-    largest = max(costs(tgdpo.replace(options, model_name_or_path=name), 2 * micro, tokens)[0].weights
-                  for _, name, _ in stages_of(options, own_rewards))
+    sequences = 2 * options.per_device_train_batch_size
+    weights = {name: costs(tgdpo.replace(options, model_name_or_path=name), sequences, tokens)[0].weights
+               for _, name, _ in stages_of(options, own_rewards)}
+    largest, trained = max(weights.values()), weights[options.model_name_or_path]
     print(f"host memory of rank 0 while it loads or writes a model: {4 * largest / GIB:.0f} GiB; a checkpoint: "
-          f"{12 * about.weights / GIB:.0f} GiB of disk")
+          f"{12 * trained / GIB:.0f} GiB of disk")
 
+
+def report_hours(plan, options, own_rewards, tokens, shards, pairs, mean, response):
+    """Print the hours of computing and of moving weights of each stage, and which of the two bounds a step."""
+    batch = tgdpo.batch_size(options) * plan.gpus
     epochs = math.ceil(options.num_train_epochs * math.ceil(pairs / batch))
     steps = options.max_steps if options.max_steps > 0 else epochs
     seen = pairs * steps / math.ceil(pairs / batch)   # the last step of an epoch may be smaller
@@ -351,8 +363,9 @@ def report(plan, options):
         operations, computing, moving = a_step(own, plan, trains, mean, response)
         share = (seen if trains else pairs) / batch
         hours += share * max(computing, moving) / 3600
-        print(f"{stage:22}{operations * share:12.2e}{computing * share / 3600:12.2f}{moving * share / 3600:12.2f}"
-              + f"   {steps} steps of {computing:.1f} and {moving:.1f} seconds" * trains)
+        each = f"   {steps} steps of {computing:.1f} and {moving:.1f} seconds" if trains else ""
+        numbers = f"{operations * share:12.2e}{computing * share / 3600:12.2f}{moving * share / 3600:12.2f}"
+        print(f"{stage:22}{numbers}{each}")
     print(f"the whole run: {hours:.2f} hours, since the two go on at the same time")
     if moving <= computing:
         print(f"Computing bounds a step; moving weights takes {100 * moving / computing:.0f} % of that time.")

@@ -35,7 +35,7 @@ def show(own):
         columns = {name: row.get(f"{side}_{name}") for name in names if side != "prompt"}
         columns = {name: values if isinstance(values, list) else [] for name, values in columns.items()}
         print(f"\n{side}: {len(ids)} tokens", *(f"{len(values)} {name}" for name, values in columns.items()), sep=", ")
-        texts = pieces(tokenizer, prompt * (side != "prompt"), ids)
+        texts = pieces(tokenizer, [] if side == "prompt" else prompt, ids)
         texts = [tokenizer.decode(ids[:1])] * (len(ids) - len(texts)) + texts   # nothing stands before the prompt
         for place, (i, text) in enumerate(zip(ids, map(repr, texts))):
             numbers = [f"  {name} {values[place] if place < len(values) else '-'}" for name, values in columns.items()]

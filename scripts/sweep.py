@@ -35,7 +35,8 @@ def read(argv):
     folder = tgdpo.read_options([*rest, f"--{option}={values[0]}"]).output_dir
     for value in values:   # each must be good before the first is trained
         tgdpo.read_options([*rest, f"--{option}={value}"])
-    tgdpo.need(option not in ("output_dir", "resume"), f"--vary {option}: each run has its own; expected another option")
+    tgdpo.need(option not in ("output_dir", "resume"),
+               f"--vary {option}: each run has its own; expected another option")
     return option, values, rest, Path(folder)
 
 

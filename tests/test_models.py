@@ -224,7 +224,7 @@ def test_checkpointing_where_a_family_lacks_it(bench, monkeypatch, capsys):
 
 
 def test_tokenizers_are_read_by_transformers_own_classes(bench, monkeypatch):
-    """mistral-common's class, which AutoTokenizer takes where that package is installed, has no added_tokens_decoder."""
+    """AutoTokenizer takes mistral-common's class where that package is installed; it has no added_tokens_decoder."""
     original, seen = transformers.AutoTokenizer.from_pretrained, []
     monkeypatch.setattr(tgdpo.AutoTokenizer, "from_pretrained", lambda *a, **k: seen.append(k) or original(*a, **k))
     assert tgdpo.load_tokenizer(bench.model).added_tokens_decoder

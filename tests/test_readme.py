@@ -1,5 +1,5 @@
-"""What the two pages show and name exists: options, metrics, commands, files. Every option is explained by --help, every
-metric by scripts/README.md. The front page stays short."""
+"""What the two pages show and name exists: options, metrics, commands, files. Every option is explained by --help,
+every metric by scripts/README.md. The front page stays short."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The files of a run: locks, damaged files, interruptions, a changed code; nothing is lost and nothing passes in silence."""
+"""The files of a run: locks, damaged files, interruptions, a changed code. Nothing is lost or passes in silence."""
 
 import json
 import os
