@@ -420,6 +420,7 @@ def test_token_rewards_of_the_data_set_are_checked_against_the_tokens():
     assert pairs[0]["chosen_ids"] == ids("yes .") and pairs[0]["chosen_rewards"] == [0.5, 1.0]
     for bad, message in [
         (dict(chosen_rewards=[1.0]), "row 0: chosen_rewards has 1 values; expected 3"),
+        (dict(chosen_rewards=[1.0]), r"the last ones are \['yes', '\.', '<eos>'\]; scripts/show_tokens.py lists all"),
         (dict(rejected_rewards=None), "row 0: rejected_rewards has no list of numbers; expected 2 finite"),
         (dict(chosen_rewards=[1.0, 2.0, float("nan")]), "finite"),
         (dict(chosen_rewards=[1e300, 0.0, 0.0]), "finite"),
